@@ -1,0 +1,51 @@
+"""ParchGrad: saliency maps from class-wise selected channels, with predictions. See README.md.
+
+Importing this is light: torch is loaded when a name that needs it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from parchgrad.errors import ParchGradError
+
+if TYPE_CHECKING:
+    from parchgrad.attribution import ParchGrad
+    from parchgrad.build import build_table
+    from parchgrad.explainer import Explainer, Explanation
+    from parchgrad.models import Model, add_model, load_model
+    from parchgrad.tables import SelectionTable, load_table
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explainer",
+    "Explanation",
+    "Model",
+    "ParchGrad",
+    "ParchGradError",
+    "SelectionTable",
+    "add_model",
+    "build_table",
+    "load_model",
+    "load_table",
+]
+
+_HOME = {
+    "Explainer": "explainer",
+    "Explanation": "explainer",
+    "Model": "models",
+    "ParchGrad": "attribution",
+    "SelectionTable": "tables",
+    "add_model": "models",
+    "build_table": "build",
+    "load_model": "models",
+    "load_table": "tables",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"parchgrad.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'parchgrad' has no attribute '{name}'")

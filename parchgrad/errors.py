@@ -1,0 +1,52 @@
+"""Every exception the library raises. No HTTP here: the service maps these to status codes."""
+
+from __future__ import annotations
+
+
+class ParchGradError(Exception):
+    """Base of all our errors; the message is one sentence: the thing, the expected, the found."""
+
+
+class ModelError(ParchGradError):
+    """A model package is missing, malformed or inconsistent."""
+
+
+class WeightsError(ModelError):
+    """A weights file cannot be read, fails its checksum or does not fit the architecture."""
+
+
+class UnsupportedModelError(ModelError):
+    """The network does something the engine cannot explain correctly."""
+
+
+class TableError(ParchGradError):
+    """A selection table is missing, malformed or belongs to another model."""
+
+
+class DataError(ParchGradError):
+    """The images a table is built from are missing, unreadable or wrongly labelled."""
+
+
+class GoldenError(ParchGradError):
+    """The golden record is missing, or the model no longer reproduces it."""
+
+
+class OptionError(ParchGradError):
+    """An explanation option is out of range.
+
+    Attributes: `option` (its name), `value` (what was given), `allowed` (what would have been right).
+    """
+
+    def __init__(self, option: str, value: object, allowed: str) -> None:
+        super().__init__(f"Option '{option}' is {value!r}; allowed: {allowed}.")
+        self.option = option
+        self.value = value
+        self.allowed = allowed
+
+
+class UnknownTargetError(OptionError):
+    """A target is neither a class index nor a class name of the model."""
+
+
+class UncoveredTargetError(ParchGradError):
+    """A target is a class of the model for which the selection table has no row."""

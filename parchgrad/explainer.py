@@ -1,0 +1,321 @@
+"""The front door: a model and its selection table in, predictions and attributions out."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from parchgrad.errors import OptionError, UnknownTargetError
+from parchgrad.layers import match
+from parchgrad.methods import MANY_POINTS, points
+from parchgrad.options import Options, per_image
+from parchgrad.rule import CONSERVE
+from parchgrad.runtimes import Plan
+from parchgrad.runtimes.pytorch import PyTorchRuntime, seed_score
+from parchgrad.selection import channels_of_quantile
+from parchgrad.tables import SelectionTable
+
+if TYPE_CHECKING:
+    from parchgrad.models import Model
+
+Target = int | str | None
+
+REDUCTIONS = ("mean_abs", "sum", "max_abs", "positive", "negative")
+
+# Points of integrated gradients and SmoothGrad computed in one backward pass: bounds memory, not results.
+POINTS_PER_PASS = 16
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Predictions and attributions of `B` images; tensors on the explainer's device."""
+
+    logits: Tensor  # (B, K)
+    targets: Tensor  # (B,) long: the class explained
+    attributions: Tensor  # (B, 3, h, w), signed
+    identity_layers: Tensor  # (B,) long: layers of the rule whose gradient passed unchanged (the worst point)
+    layers_used: Tensor  # (B,) long: layers the rule acts on
+    covered: Tensor  # (B,) bool: False where the target has no row in the table; its attribution is NaN
+    completeness_gap: Tensor  # (B,): sum of attribution minus score difference; NaN but for plain IG
+    options: tuple[Options, ...]
+
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits, `(B, K)`, in float32 or wider."""
+        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(dim=1)
+
+    def saliency(self, reduction: str = "mean_abs") -> Tensor:
+        """Saliency maps `(B, h, w)`, non-negative but for `sum`.
+
+        `mean_abs`: mean over colours of |a|; `max_abs`: their maximum; `sum`: signed sum;
+        `positive` / `negative`: the positive / negative part of the signed sum, as a magnitude.
+        """
+        a = self.attributions
+        if reduction == "mean_abs":
+            return a.abs().mean(dim=1)
+        if reduction == "max_abs":
+            return a.abs().amax(dim=1)
+        if reduction == "sum":
+            return a.sum(dim=1)
+        if reduction == "positive":
+            return a.sum(dim=1).clamp(min=0)
+        if reduction == "negative":
+            return (-a.sum(dim=1)).clamp(min=0)
+        raise OptionError("reduction", reduction, ", ".join(REDUCTIONS))
+
+
+class Explainer:
+    """Explains images for one model and table. Thread safe; the model is never changed.
+
+    `model` is a model package or a bare `nn.Module` in any mode (it is explained as in eval mode);
+    `device` defaults to where its weights are. The weights are shared, not copied, unless they move.
+    Raises TableError when the table is not this model's.
+    """
+
+    def __init__(
+        self, model: Model | nn.Module, table: SelectionTable, device: str | torch.device | None = None
+    ) -> None:
+        self.model = model
+        self.table = table
+        if isinstance(model, nn.Module):
+            module, self._labels = model, table.labels
+        else:
+            table.check_model(model)
+            module, self._labels = model.module, model.labels
+        self._runtime = PyTorchRuntime(module, table, device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._runtime.device
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers the table has rows for."""
+        return self._runtime.layer_names
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits `(B, K)` of normalised images `(B, 3, h, w)`, without any of the explanation's cost."""
+        return self._runtime.predict(_checked_images(images))
+
+    def explain(
+        self,
+        images: Tensor,
+        targets: Target | Sequence[Target] | Tensor = None,
+        *,
+        method: str | Sequence[str | None] | None = None,
+        rule: bool | Sequence[bool | None] | None = None,
+        quantile: Any = None,
+        alpha: Any = None,
+        gamma: Any = None,
+        conserve: str | Sequence[str | None] | None = None,
+        selection: str | Sequence[str | None] | None = None,
+        layers: Any = None,
+        normality_filter: bool | Sequence[bool | None] | None = None,
+        seed: str | Sequence[str | None] | None = None,
+        steps: Any = None,
+        samples: Any = None,
+        noise: Any = None,
+        noise_seed: Any = None,
+        baseline: Tensor | None = None,
+        uncovered: str = "raise",
+    ) -> Explanation:
+        """Predict and explain `images` `(B, 3, h, w)`, normalised, floating point.
+
+        Args:
+            targets: the class to explain: index or name, one or one an image; None or -1 = the predicted one.
+            method ... noise_seed: see `Options`; each one value or one an image; None = the table's default,
+                or Options' own where the table has none.
+            baseline: where integrated gradients start, `(3, h, w)` or `(B, 3, h, w)`; default zeros, which is
+                the mean colour of normalised images.
+            uncovered: a target without a row in the table raises UncoveredTargetError (`raise`), or gets NaN
+                for its attribution and False for its `covered` (`nan`). Only where the table is asked:
+                instance-wise selection and plain methods cover every class.
+
+        A batch of mixed options gives each image what it gets alone. Raises OptionError.
+        """
+        images = _checked_images(images).to(self.device)
+        if uncovered not in ("raise", "nan"):
+            raise OptionError("uncovered", uncovered, "raise, nan")
+        given = {
+            "method": method, "rule": rule, "quantile": quantile, "alpha": alpha, "gamma": gamma,
+            "conserve": conserve, "selection": selection, "layers": layers,
+            "normality_filter": normality_filter, "seed": seed, "steps": steps, "samples": samples,
+            "noise": noise, "noise_seed": noise_seed,
+        }  # fmt: skip
+        options = per_image(len(images), self.table.defaults, given)
+        self._check_normality(options)
+        chosen = self._target_indices(targets, len(images))
+        plan = self._plan(options)
+        start = torch.zeros_like(images) if baseline is None else _expanded(baseline, images)
+
+        many = torch.tensor([o.method in MANY_POINTS for o in options])
+        parts = []
+        if len(one := (~many).nonzero()[:, 0]):
+            parts.append((one, self._explain_at_image(images, chosen, options, plan, one)))
+        if len(several := many.nonzero()[:, 0]):
+            parts.append((several, self._explain_over_points(images, start, chosen, options, plan, several)))
+        logits, final_targets, attributions, identity, gap = _in_order(parts, len(images))
+
+        covered = self._covered(final_targets, options)
+        if uncovered == "raise" and not bool(covered.all()):
+            self.table.rows(final_targets[~covered])  # raises, naming the classes
+        attributions[~covered] = math.nan
+        return Explanation(
+            logits=logits,
+            targets=final_targets,
+            attributions=attributions,
+            identity_layers=identity,
+            layers_used=plan.active.sum(dim=1).to(self.device),
+            covered=covered,
+            completeness_gap=gap,
+            options=tuple(options),
+        )
+
+    def _explain_at_image(
+        self, images: Tensor, targets: Tensor, options: list[Options], plan: Plan, which: Tensor
+    ) -> tuple[Tensor, ...]:
+        here = images[which]
+        result = self._runtime.gradients(here, targets[which], plan.take(which))
+        times_input = torch.tensor([options[i].method == "input_x_gradient" for i in which.tolist()])
+        factor = torch.where(times_input.to(here.device)[:, None, None, None], here, torch.ones_like(here))
+        nothing = torch.full((len(which),), math.nan, dtype=result.gradients.dtype, device=here.device)
+        return result.logits, result.targets, result.gradients * factor, result.identity_layers, nothing
+
+    def _explain_over_points(
+        self,
+        images: Tensor,
+        baseline: Tensor,
+        targets: Tensor,
+        options: list[Options],
+        plan: Plan,
+        which: Tensor,
+    ) -> tuple[Tensor, ...]:
+        logits = self._runtime.predict(images[which])
+        wanted = targets[which].to(logits.device)
+        final = torch.where(wanted < 0, logits.argmax(dim=1), wanted)
+        total = torch.zeros_like(images[which])
+        identity = torch.zeros(len(which), dtype=torch.long, device=self.device)
+        walk = (
+            (row, point, weight)
+            for row, i in enumerate(which.tolist())
+            for point, weight in points(images[i], options[i], baseline[i])
+        )
+        while chunk := list(islice(walk, POINTS_PER_PASS)):
+            rows = torch.tensor([row for row, _, _ in chunk])
+            batch = torch.stack([point for _, point, _ in chunk])
+            weights = torch.tensor([weight for _, _, weight in chunk], dtype=batch.dtype, device=batch.device)
+            result = self._runtime.gradients(batch, final[rows.to(final.device)], plan.take(which[rows]))
+            rows = rows.to(total.device)
+            total.index_add_(0, rows, result.gradients * weights[:, None, None, None])
+            identity = identity.scatter_reduce(0, rows, result.identity_layers, "amax")
+        integrated = torch.tensor([options[i].method == "integrated_gradients" for i in which.tolist()])
+        path = torch.where(integrated.to(total.device)[:, None, None, None], (images - baseline)[which], 1.0)
+        attributions = total * path
+        gap = self._completeness_gap(attributions, logits, baseline[which], final, [options[i] for i in which.tolist()])
+        return logits, final, attributions, identity, gap
+
+    def _completeness_gap(
+        self, attributions: Tensor, logits: Tensor, baseline: Tensor, targets: Tensor, options: list[Options]
+    ) -> Tensor:
+        """Sum of attribution minus (score at image - score at baseline); NaN where completeness does not hold."""
+        plain = torch.tensor([o.method == "integrated_gradients" and not o.rule for o in options])
+        gap = torch.full((len(options),), math.nan, dtype=attributions.dtype, device=attributions.device)
+        if bool(plain.any()):
+            weighted = torch.tensor([o.seed == "probability_weighted_logit" for o in options]).to(self.device)
+            rise = seed_score(logits, targets, weighted) - seed_score(
+                self._runtime.predict(baseline), targets, weighted
+            )
+            gap = torch.where(plain.to(gap.device), attributions.sum(dim=(1, 2, 3)) - rise, gap)
+        return gap
+
+    def _plan(self, options: list[Options]) -> Plan:
+        names = self.layer_names
+        channels = [self.table.layers[name].channels for name in names]
+        rows: dict[tuple[object, ...], tuple[list[bool], list[int]]] = {}
+
+        def row(o: Options) -> tuple[list[bool], list[int]]:
+            # A batch rarely holds more than a few distinct settings; each is matched against the layers once.
+            key = (o.layers, o.rule, repr(o.quantile))
+            if key not in rows:
+                chosen = set(match(names, o.layers)) if o.rule else set()
+                quantiles = self.table.quantile_of_layers(o.quantile, names)
+                counts = [channels_of_quantile(q, c) for q, c in zip(quantiles, channels, strict=True)]
+                rows[key] = [name in chosen for name in names], counts
+            return rows[key]
+
+        return Plan(
+            active=torch.tensor([row(o)[0] for o in options]),
+            count=torch.tensor([row(o)[1] for o in options]),
+            log_alpha=torch.tensor(
+                [math.nan if o.alpha is None else math.log(o.alpha) for o in options], dtype=torch.float64
+            ),
+            gamma=torch.tensor([float(o.gamma) for o in options], dtype=torch.float64),
+            conserve=torch.tensor([CONSERVE.index(o.conserve) for o in options]),
+            instance=torch.tensor([o.selection == "instance" for o in options]),
+            normality_filter=torch.tensor([o.normality_filter for o in options]),
+            guided=torch.tensor([o.method == "guided_backprop" for o in options]),
+            probability_weighted=torch.tensor([o.seed == "probability_weighted_logit" for o in options]),
+        )
+
+    def _covered(self, targets: Tensor, options: list[Options]) -> Tensor:
+        asks_table = torch.tensor([o.rule and o.selection == "class" for o in options]).to(targets.device)
+        return ~asks_table | (self.table.row_of_class.to(targets.device)[targets] >= 0)
+
+    def _check_normality(self, options: list[Options]) -> None:
+        tested = all(layer.normality_p is not None for layer in self.table.layers.values())
+        if not tested and any(o.normality_filter for o in options):
+            raise OptionError("normality_filter", True, f"false: table '{self.table.name}' holds no normality test")
+
+    def _target_indices(self, targets: Target | Sequence[Target] | Tensor, batch: int) -> Tensor:
+        if isinstance(targets, (Tensor, np.ndarray)):
+            targets = targets.tolist()
+        if isinstance(targets, str) or not isinstance(targets, Sequence):
+            targets = [targets] * batch
+        if len(targets) != batch:
+            raise OptionError("targets", targets, f"one target, or one for each of the {batch} images")
+        return torch.tensor([self.target_index(target) for target in targets])
+
+    def target_index(self, target: Target) -> int:
+        """A target's class index; -1 for the predicted class. Raises UnknownTargetError."""
+        if target is None:
+            return -1
+        if isinstance(target, str) and target in self._labels:
+            return self._labels.index(target)
+        if not isinstance(target, (str, bool)):
+            try:
+                number = operator.index(target)  # NumPy's integers too, but no float
+            except TypeError:
+                number = None
+            if number is not None and -1 <= number < len(self._labels):
+                return number
+        raise UnknownTargetError("target", target, f"0..{len(self._labels) - 1}, -1 (predicted), or a class name")
+
+
+def _checked_images(images: Tensor) -> Tensor:
+    if images.dim() != 4 or len(images) == 0 or not images.is_floating_point():
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise OptionError("images", found, "floating point of shape (batch >= 1, channels, height, width)")
+    return images
+
+
+def _expanded(baseline: Tensor, images: Tensor) -> Tensor:
+    if baseline.shape not in (images.shape[1:], images.shape):
+        allowed = f"a tensor of shape {tuple(images.shape[1:])} or {tuple(images.shape)}"
+        raise OptionError("baseline", tuple(baseline.shape), allowed)
+    return baseline.to(images).expand_as(images)
+
+
+def _in_order(parts: list[tuple[Tensor, tuple[Tensor, ...]]], batch: int) -> Iterator[Tensor]:
+    """Each column of the parts put back into the batch's order."""
+    order = torch.cat([which for which, _ in parts]).argsort()
+    assert len(order) == batch
+    for column in zip(*(values for _, values in parts), strict=True):
+        joined = torch.cat(column)
+        yield joined[order.to(joined.device)]

@@ -1,0 +1,152 @@
+"""How an upright RGB image becomes a model's input, and where on the image that input lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parchgrad.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image, Resampling
+    from torch import Tensor
+
+RULES = ("shorter_side", "stretch", "native")
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which part of the original the input shows; puts a map back in its place."""
+
+    original_size: tuple[int, int]  # (width, height) of the upright image
+    crop_box: tuple[float, float, float, float]  # left, top, right, bottom in original pixels
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size, resize rule and normalisation of a model's input.
+
+    rule `shorter_side`: scale the shorter side to `resize`, then cut `size` from the centre (torchvision's
+    evaluation transform, to the pixel); `stretch`: scale to `size`, aspect ignored; `native`: for fully
+    convolutional models, keep the image's own size, scaled in aspect only where a side leaves
+    `[min_side, max_side]`. `size` is (height, width); for `native` it is only the nominal size.
+    Raises ModelError for values that make no sense.
+    """
+
+    size: tuple[int, int]
+    rule: str = "shorter_side"
+    resize: int | None = None
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    min_side: int = 32
+    max_side: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(self.rule in RULES, "rule", self.rule, ", ".join(RULES))
+        _require(self.interpolation in INTERPOLATIONS, "interpolation", self.interpolation, ", ".join(INTERPOLATIONS))
+        _require(len(self.size) == 2 and min(self.size) >= 1, "size", self.size, "(height, width), both >= 1")
+        if self.rule == "shorter_side":
+            enough = self.resize is not None and self.resize >= max(self.size)
+            _require(enough, "resize", self.resize, f"an integer >= {max(self.size)}, the longer side of size")
+        _require(1 <= self.min_side <= self.max_side, "min_side", self.min_side, f"1..max_side ({self.max_side})")
+        _require(len(self.mean) == 3, "mean", self.mean, "three numbers")
+        _require(len(self.std) == 3 and min(self.std) > 0, "std", self.std, "three numbers > 0")
+
+    def apply(self, image: Image) -> tuple[Tensor, Placement]:
+        """Upright RGB image -> normalised float32 `(3, h, w)` and its placement."""
+        if image.mode != "RGB":
+            raise ModelError(f"Preprocessing expects an RGB image, got mode {image.mode}.")
+        cut, placement = self._fit(image)
+        return self.normalise(cut), placement
+
+    def normalise(self, image: Image) -> Tensor:
+        """Pixels of an RGB image to `(value / 255 - mean) / std`, float32 `(3, h, w)`."""
+        import torch
+
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / 255
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def restore(self, pixels: Tensor) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+        """The inverse of `normalise`: `(3, h, w)` -> uint8 `(h, w, 3)`, for drawing."""
+        import torch
+
+        values = pixels.cpu() * torch.tensor(self.std)[:, None, None] + torch.tensor(self.mean)[:, None, None]
+        out: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]] = (
+            (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        )
+        return out
+
+    def _fit(self, image: Image) -> tuple[Image, Placement]:
+        width, height = image.size
+        whole = (0.0, 0.0, float(width), float(height))
+        if self.rule == "stretch":
+            return self._resized(image, self.size[1], self.size[0]), Placement(image.size, whole)
+        if self.rule == "native":
+            return self._resized(image, *self._native_size(width, height)), Placement(image.size, whole)
+        return self._centre_of_resized(image)
+
+    def _native_size(self, width: int, height: int) -> tuple[int, int]:
+        scale = min(1.0, self.max_side / max(width, height))
+        scale = max(scale, self.min_side / min(width, height))
+        # A strip too long for its width cannot keep its aspect within both bounds.
+        return tuple(min(max(round(side * scale), self.min_side), self.max_side) for side in (width, height))  # type: ignore[return-value]
+
+    def _centre_of_resized(self, image: Image) -> tuple[Image, Placement]:
+        """torchvision's Resize(resize) and CenterCrop(size), and the cut's box on the original."""
+        assert self.resize is not None
+        width, height = image.size
+        crop_h, crop_w = self.size
+        new_w, new_h = _resized_size(width, height, self.resize)
+        left, top = round((new_w - crop_w) / 2.0), round((new_h - crop_h) / 2.0)
+        sx, sy = width / new_w, height / new_h
+        box = (left * sx, top * sy, (left + crop_w) * sx, (top + crop_h) * sy)
+        if max(width, height) > 16 * min(width, height):
+            # 1 x 50000 pixels would become 256 x 12,800,000: compute only the cut, at most one level off.
+            cut = image.resize((crop_w, crop_h), self._resampling, box=box)
+        else:
+            cut = self._resized(image, new_w, new_h).crop((left, top, left + crop_w, top + crop_h))
+        return cut, Placement(image.size, box)
+
+    @property
+    def _resampling(self) -> Resampling:
+        from PIL.Image import Resampling
+
+        return Resampling[self.interpolation.upper()]
+
+    def _resized(self, image: Image, width: int, height: int) -> Image:
+        if image.size == (width, height):
+            return image
+        return image.resize((width, height), self._resampling)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image:
+    """An upright RGB image from a trusted local file; what a caller uploads goes through the service's decoder.
+
+    Raises DataError when Pillow cannot read it.
+    """
+    import PIL.Image
+    from PIL import ImageOps
+
+    try:
+        with PIL.Image.open(path) as file:
+            upright: Image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(f"Image '{os.fspath(path)}' cannot be read: {error}.") from error
+    return upright
+
+
+def _resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """torchvision's rule: the shorter side exactly, the longer one rounded down."""
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
+
+
+def _require(holds: bool, what: str, found: object, expected: str) -> None:
+    if not holds:
+        raise ModelError(f"Preprocessing: {what} is {found!r}; expected {expected}.")

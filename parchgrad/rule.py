@@ -1,0 +1,139 @@
+"""The gradient rule (method.md section 2): pure tensor functions, no model and no hooks.
+
+`g` is the gradient at a convolution's output, `(batch, channels, *spatial)`. Per image, with `S_H` and
+`S_L` the sums of g over selected and unselected channels, `M = Var S_H`, `N = Var S_L` and
+`K = Cov(S_H, S_L)` over the positions, selected channels are multiplied by `b * a`, the others by `b`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CONSERVE = ("independent", "exact", "none")
+
+# Relative to M + N: below it a variance is rounding noise, whatever the gradient's scale.
+NEGLIGIBLE = 1e-12
+
+
+class Factors(NamedTuple):
+    """What each image's gradient is multiplied by; every field has shape `(batch,)`."""
+
+    selected: Tensor
+    unselected: Tensor
+    identity: Tensor  # bool: the gradient passes unchanged (both factors are 1)
+
+
+def channel_factors(
+    grad: Tensor,
+    selected: Tensor,
+    gamma: float | Tensor,
+    conserve: str | Sequence[str] = "independent",
+) -> Factors:
+    """The factors `b * a` and `b` of method.md section 2, per image.
+
+    Args:
+        grad: gradient at the convolution's output, `(batch, channels, *spatial)`, any float dtype.
+        selected: bool, `(batch, channels)`.
+        gamma: sd of the selected side in units of the unselected side's, one number or `(batch,)`;
+            infinity drops the unselected side.
+        conserve: `independent` (the paper: K taken as 0), `exact`, or `none` (b = 1); one, or one an image.
+
+    An image passes unchanged (`identity`) where one side is empty and where a side that the formula
+    divides by has no variance beyond rounding: `M <= 1e-12 (M + N)`; for finite gamma also
+    `N <= 1e-12 (M + N)`; for `exact` also a total variance before or after that vanishes likewise.
+    Maps of one position have no variance: there the second moment stands in for it.
+    """
+    high, low = _side_sums(grad, selected)
+    m, n = _variance(high), _variance(low)
+    gamma = torch.as_tensor(gamma, dtype=m.dtype, device=m.device).expand(m.shape)
+    infinite = torch.isinf(gamma)
+    exact, none = _conserve_flags(conserve, m)
+
+    a = torch.where(infinite, 1.0, gamma * torch.sqrt(n / m))
+    # Both sides' weights before conservation, up to a common factor that keeps a huge gamma finite.
+    larger = a.clamp(min=1.0)
+    p = a / larger
+    q = torch.where(infinite, 0.0, 1.0 / larger)
+    apart = p * p * m + q * q * n
+    # The variance of the sum itself, not M + N + 2K: where the two sides cancel, that would be rounding.
+    before = torch.where(exact, _variance(high + low), m + n)
+    after = torch.where(exact, _variance(p[:, None] * high + q[:, None] * low), apart)
+    b = torch.where(none, larger, torch.sqrt(before / after))
+
+    # Written as "not greater" so that the NaN of 0 / 0 counts as negligible.
+    identity = ~(m > NEGLIGIBLE * (m + n)) | (~infinite & ~(n > NEGLIGIBLE * (m + n))) | ~_both_sides(selected)
+    cancels = max(NEGLIGIBLE, _rounding(m.dtype))
+    identity |= exact & (~(before > cancels * (m + n)) | ~(after > cancels * apart))
+    return Factors(
+        selected=torch.where(identity, 1.0, p * b),
+        unselected=torch.where(identity, 1.0, q * b),
+        identity=identity,
+    )
+
+
+def scale_channels(
+    grad: Tensor,
+    selected: Tensor,
+    gamma: float | Tensor,
+    conserve: str | Sequence[str] = "independent",
+) -> Tensor:
+    """`grad` under the rule: same shape and dtype, out of place. Arguments as `channel_factors`."""
+    return apply_factors(grad, selected, channel_factors(grad, selected, gamma, conserve))
+
+
+def apply_factors(grad: Tensor, selected: Tensor, factors: Factors) -> Tensor:
+    """Multiply each channel `(batch, channels, *spatial)` by its side's factor, out of place."""
+    per_channel = torch.where(selected, factors.selected[:, None], factors.unselected[:, None])
+    shaped = per_channel.reshape(per_channel.shape + (1,) * (grad.dim() - 2))
+    # A half-precision factor may overflow: multiply in the factors' wider type, then return to grad's.
+    return (grad * shaped).to(grad.dtype)
+
+
+def _side_sums(grad: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """`S_H` and `S_L`, each `(batch, positions)`, centred, up to one common factor per image.
+
+    The factors depend only on ratios, so both are divided by the image's largest magnitude: squares then
+    neither underflow nor overflow, and the rule is scale-free in float32 too. Centred means that the mean
+    square is the variance; a map of one position stays as it is, which makes it the second moment.
+    """
+    flat = grad.flatten(2)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    sides = torch.stack((selected, ~selected), dim=1).to(flat.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        sums = torch.bmm(sides, flat)  # (batch, 2, positions) in one pass over the gradient
+    largest = sums.abs().amax(dim=(1, 2), keepdim=True)
+    sums = sums / torch.where(largest > 0, largest, 1.0)
+    if sums.shape[2] > 1:
+        centred = sums - sums.mean(dim=2, keepdim=True)
+        # A gradient that is the same at every position (a convolution before global pooling alone) has no
+        # variance, but summing its channels in another order at each position leaves some.
+        constant = _variance(centred) <= _rounding(sums.dtype) * _variance(sums)
+        sums = torch.where(constant[..., None], 0.0, centred)
+    return sums[:, 0], sums[:, 1]
+
+
+def _variance(centred: Tensor) -> Tensor:
+    return (centred * centred).mean(dim=-1)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The square of some roundings: below it, relative to the squares summed, a variance is none."""
+    return float((32 * torch.finfo(dtype).eps) ** 2)
+
+
+def _both_sides(selected: Tensor) -> Tensor:
+    return selected.any(dim=1) & ~selected.all(dim=1)
+
+
+def _conserve_flags(conserve: str | Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
+    names = [conserve] * like.shape[0] if isinstance(conserve, str) else list(conserve)
+    unknown = sorted(set(names) - set(CONSERVE))
+    if unknown or len(names) != like.shape[0]:
+        raise ValueError(f"conserve is {conserve!r}; expected one of {CONSERVE}, or one for each image")
+    exact = torch.tensor([name == "exact" for name in names], device=like.device)
+    none = torch.tensor([name == "none" for name in names], device=like.device)
+    return exact, none

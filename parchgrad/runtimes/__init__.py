@@ -1,0 +1,66 @@
+"""Engines that compute a prediction and its gradient under the rule; one interface, `Runtime`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine does to each image's backward pass: `B` images, `L` layers of the table.
+
+    All fields are CPU tensors with the image axis first.
+    """
+
+    active: Tensor  # (B, L) bool: the rule acts on this layer
+    count: Tensor  # (B, L) long: channels to select, from the quantile
+    log_alpha: Tensor  # (B,) float64: select by p <= alpha instead; NaN = by count
+    gamma: Tensor  # (B,) float64
+    conserve: Tensor  # (B,) long: index into rule.CONSERVE
+    instance: Tensor  # (B,) bool: instance-wise selection, otherwise class-wise
+    normality_filter: Tensor  # (B,) bool
+    guided: Tensor  # (B,) bool: clamp the gradient at every ReLU (guided backpropagation)
+    probability_weighted: Tensor  # (B,) bool: differentiate probability x logit instead of the logit
+
+    def __len__(self) -> int:
+        return len(self.gamma)
+
+    def take(self, images: Tensor) -> Plan:
+        """The plan of the images at these indices, `(n,)` long; an image may come several times."""
+        return Plan(**{field.name: getattr(self, field.name)[images] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one backward pass gives, on the engine's device."""
+
+    logits: Tensor  # (B, K)
+    targets: Tensor  # (B,) long, predicted classes filled in
+    gradients: Tensor  # (B, 3, h, w): of the seed with respect to the images, under the rule
+    identity_layers: Tensor  # (B,) long: active layers whose gradient passed unchanged
+
+
+class Runtime(Protocol):
+    """An engine bound to one model and one table. Thread safe."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits `(B, K)` of normalised images `(B, 3, h, w)`; nothing is kept for a gradient."""
+        ...
+
+    def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
+        """One forward and one backward pass; a target of -1 means the predicted class.
+
+        Raises UncoveredTargetError is not its business: an image whose target has no row in the table
+        passes unchanged through class-wise layers; the caller decides what that means.
+        """
+        ...

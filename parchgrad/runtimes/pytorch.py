@@ -1,0 +1,254 @@
+"""The PyTorch engine, CPU or CUDA: a private view of the model whose convolutions apply the rule.
+
+The caller's model is never touched. The engine deep-copies the module tree but not the weights, which stay
+shared; only this view is in eval mode, frozen and hooked. Each call keeps its state in its own `_Pass`, found
+by the hooks through a thread-local slot, so threads share one view without a lock.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad.errors import UnsupportedModelError
+from parchgrad.rule import CONSERVE, apply_factors, channel_factors
+from parchgrad.runtimes import Gradients, Plan
+from parchgrad.selection import by_class, by_instance
+from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
+
+
+class PyTorchRuntime:
+    """`module` and `table` on `device` (default: where the module's weights are)."""
+
+    def __init__(self, module: nn.Module, table: SelectionTable, device: str | torch.device | None = None) -> None:
+        table.check_layers(module)
+        self._module = private_view(module, device)
+        self._device = next((p.device for p in self._module.parameters()), torch.device(device or "cpu"))
+        self._table = table
+        self._layers = {name: _on_device(layer, self._device) for name, layer in table.layers.items()}
+        self._current = threading.local()
+        for name in table.layers:
+            self._module.get_submodule(name).register_forward_hook(self._hook(name))
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return self._table.layer_names
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def predict(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._checked(self._module(images.detach().to(self._device).clone()), images)
+
+    def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
+        # A caller may be inside no_grad or inference_mode; autograd is ours here.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = images.detach().to(self._device)
+            leaf = (leaf.clone() if leaf.is_inference() else leaf).requires_grad_()
+            run = _Pass(self._table, self._layers, plan, self._device)
+            self._current.run = run
+            try:
+                # A copy goes in: a network that works in place on its input must not meet a leaf.
+                logits = self._checked(self._module(leaf.clone()), images)
+            finally:
+                self._current.run = None
+            run.require_all_layers_seen()
+            targets = targets.to(self._device)
+            targets = torch.where(targets < 0, logits.detach().argmax(dim=1), targets)
+            run.targets = targets
+            if bool(plan.guided.any()):
+                _guide(logits, plan.guided.to(self._device))
+            score = seed_score(logits, targets, plan.probability_weighted.to(self._device))
+            (gradients,) = torch.autograd.grad(score.sum(), leaf)
+        return Gradients(logits.detach(), targets, gradients, run.identity_layers())
+
+    def _checked(self, logits: object, images: Tensor) -> Tensor:
+        expected = (len(images), len(self._table.labels))
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(logits, Tensor) or found != expected:
+            raise UnsupportedModelError(
+                f"The model returned {found}; with the {expected[1]} classes of table '{self._table.name}' "
+                f"expected logits of shape {expected}."
+            )
+        return logits
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            run: _Pass | None = getattr(self._current, "run", None)
+            if run is not None:
+                run.attach(name, output)
+
+        return hook
+
+
+class _Pass:
+    """The state of one forward and backward pass: which channels each image selects in each layer."""
+
+    def __init__(self, table: SelectionTable, layers: dict[str, LayerTable], plan: Plan, device: torch.device) -> None:
+        self._table, self._layers, self._device = table, layers, device
+        self._plan = plan
+        self._on_device = {
+            "gamma": plan.gamma.to(device),
+            "log_alpha": plan.log_alpha.to(device),
+            "instance": plan.instance.to(device),
+            "normality_filter": plan.normality_filter.to(device),
+            "active": plan.active.to(device),
+            "count": plan.count.to(device),
+        }
+        self._conserve = [CONSERVE[i] for i in plan.conserve.tolist()]
+        self._index = {name: i for i, name in enumerate(layers)}
+        self._active_layers = {n for n, used in zip(layers, plan.active.any(dim=0).tolist(), strict=True) if used}
+        self._any_instance = bool(plan.instance.any())
+        self._any_alpha = not bool(plan.log_alpha.isnan().all())
+        self._any_filter = bool(plan.normality_filter.any())
+        self._seen: set[str] = set()
+        self._identity: dict[str, Tensor] = {}
+        self._rows: Tensor | None = None
+        self.targets: Tensor | None = None  # set between forward and backward
+
+    def attach(self, name: str, output: Tensor) -> None:
+        """Called as layer `name` returns: have its output's gradient scaled on the way back."""
+        if name not in self._active_layers or not output.requires_grad:
+            return
+        self._seen.add(name)
+        # Before an in-place activation overwrites the output.
+        gap = gap_features(output.detach()) if self._any_instance else None
+        output.register_hook(lambda grad: self._scale(name, grad, gap))  # type: ignore[no-untyped-call]
+
+    def require_all_layers_seen(self) -> None:
+        missing = [name for name in self._layers if name in self._active_layers - self._seen]
+        if missing:
+            raise UnsupportedModelError(
+                f"Layer '{missing[0]}' of table '{self._table.name}' took no part in the model's forward pass"
+                + (f", nor did {len(missing) - 1} more." if len(missing) > 1 else ".")
+            )
+
+    def identity_layers(self) -> Tensor:
+        """`(B,)`: active layers whose gradient passed unchanged, in every call of a layer called twice."""
+        total = torch.zeros(len(self._plan), dtype=torch.long, device=self._device)
+        for name in self._active_layers:
+            active = self._on_device["active"][:, self._index[name]]
+            total += active & self._identity[name] if name in self._identity else active
+        return total
+
+    def _scale(self, name: str, grad: Tensor, gap: Tensor | None) -> Tensor:
+        selected = self._select(name, gap)
+        factors = channel_factors(grad, selected, self._on_device["gamma"], self._conserve)
+        self._identity[name] = self._identity.get(name, factors.identity) & factors.identity
+        return apply_factors(grad, selected, factors)
+
+    def _select(self, name: str, gap: Tensor | None) -> Tensor:
+        layer, i, on = self._layers[name], self._index[name], self._on_device
+        count, log_alpha = on["count"][:, i], on["log_alpha"]
+        rows = self._target_rows()
+        log_p = layer.log_p[rows] if self._any_alpha else None
+        selected = by_class(layer.rank[rows], log_p, count, log_alpha) & (rows >= 0)[:, None]
+        if gap is not None:
+            instance = by_instance(gap, layer.mean, layer.std, count, log_alpha)
+            selected = torch.where(on["instance"][:, None], instance, selected)
+        if self._any_filter and layer.normality_p is not None:
+            selected = selected & ((layer.normality_p < NORMALITY_LEVEL) | ~on["normality_filter"][:, None])
+        # Where the rule does not act no channel is selected, and an empty side passes unchanged.
+        return selected & on["active"][:, i, None]
+
+    def _target_rows(self) -> Tensor:
+        if self._rows is None:
+            assert self.targets is not None
+            self._rows = self._table.row_of_class.to(self._device)[self.targets]
+        return self._rows
+
+
+def private_view(module: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+    """A copy of the module tree over the same weights: eval mode, frozen, free to be hooked.
+
+    Parameters and buffers alias the originals' storage (until moved to another device), so no memory is
+    spent and in-place updates of the original show here; flags, hooks and `.grad` are the view's own.
+    """
+    tensors: dict[int, object] = {id(b): b.detach() for b in module.buffers()}
+    tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    try:
+        view = copy.deepcopy(module, tensors)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"The model's modules cannot be copied: {type(error).__name__}: {error}."
+        ) from error
+    view.eval().requires_grad_(False)
+    return view if device is None else view.to(device)
+
+
+def gap_features(output: Tensor) -> Tensor:
+    """GAP features of a convolution's own output `(B, C, *spatial)`: mean of ReLU, `(B, C)`."""
+    return torch.relu(output).flatten(2).mean(dim=2)
+
+
+def seed_score(logits: Tensor, targets: Tensor, probability_weighted: Tensor) -> Tensor:
+    """What is differentiated for each image, `(B,)`: its target's logit, or probability times logit."""
+    logit = logits.gather(1, targets[:, None])[:, 0]
+    if not bool(probability_weighted.any()):
+        return logit
+    probability = logits.softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    return torch.where(probability_weighted, probability * logit, logit)
+
+
+# Autograd nodes of ReLU in all its spellings (modules, functional, in place), and the node's attribute
+# that must be 0 for the operation to be one; ReLU6 is a Hardtanh from 0.
+_RELU_NODES = {
+    "ReluBackward": None,
+    "ThresholdBackward": "_saved_threshold",
+    "HardtanhBackward": "_saved_min_val",
+    "ClampMinBackward": "_saved_min",
+    "ClampBackward": "_saved_min",
+}
+
+
+def _is_relu(node: torch.autograd.graph.Node) -> bool:
+    bound = _RELU_NODES.get(node.name().rstrip("0123456789"), "")
+    return bound is None or (bound != "" and getattr(node, bound) == 0)
+
+
+def _guide(logits: Tensor, guided: Tensor) -> None:
+    """Guided backpropagation: let only positive gradient into each ReLU, for the `guided` images.
+
+    Done on the graph of this very pass, so that functional, reused and in-place ReLUs are all met.
+    """
+
+    def positive_only(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        grad = gradients[0]
+        rows = guided.reshape(-1, *(1,) * (grad.dim() - 1))
+        return (torch.where(rows, grad.clamp(min=0), grad), *gradients[1:])
+
+    found = False
+    for node in _graph(logits):
+        if "CopySlices" in node.name():
+            raise UnsupportedModelError(
+                "guided_backprop cannot see which operation the model writes in place into a slice of a tensor."
+            )
+        if _is_relu(node):
+            node.register_prehook(positive_only)
+            found = True
+    if not found:
+        raise UnsupportedModelError("guided_backprop needs a model with ReLU; this one has none.")
+
+
+def _graph(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions)
+
+
+def _on_device(layer: LayerTable, device: torch.device) -> LayerTable:
+    tested = None if layer.normality_p is None else layer.normality_p.to(device)
+    return LayerTable(
+        layer.log_p.to(device), layer.rank.to(device), layer.mean.to(device), layer.std.to(device), tested
+    )
