@@ -140,7 +140,7 @@ class Explainer:
 
         A batch of mixed options gives each image what it gets alone. Raises OptionError.
         """
-        images = _checked_images(images).to(self.device)
+        images = _checked_images(images).detach().to(self.device)
         if uncovered not in ("raise", "nan"):
             raise OptionError("uncovered", uncovered, "raise, nan")
         given = {
@@ -309,7 +309,7 @@ def _expanded(baseline: Tensor, images: Tensor) -> Tensor:
     if baseline.shape not in (images.shape[1:], images.shape):
         allowed = f"a tensor of shape {tuple(images.shape[1:])} or {tuple(images.shape)}"
         raise OptionError("baseline", tuple(baseline.shape), allowed)
-    return baseline.to(images).expand_as(images)
+    return baseline.detach().to(images).expand_as(images)
 
 
 def _in_order(parts: list[tuple[Tensor, tuple[Tensor, ...]]], batch: int) -> Iterator[Tensor]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parchgrad.build import ImageFolder
+from parchgrad.evaluation import mosaics
 from parchgrad.evaluation.maps import gini, mass_share, pointing_hit
 from parchgrad.explainer import Explainer
+from parchgrad.preprocessing import Preprocessing, read_image
 from parchgrad.tables import SelectionTable, network_of
 
 Maps = Callable[[Tensor, list[int]], Tensor]  # images (B, 3, h, w), targets -> saliency maps (B, h, w)
@@ -82,6 +85,44 @@ def grad_cam(explainer: Explainer, layer: str) -> Maps:
     return maps
 
 
+def mosaics_of(folder: ImageFolder, preprocessing: Preprocessing, count: int, seed: int) -> LazyPictures:
+    """`count` mosaics of the folder's images, four different classes each; the target is one of the four.
+
+    Made when asked for, so that memory does not grow with their number.
+    """
+    rows = np.array([sample.row for sample in folder.samples])
+    indices, quarters = mosaics.draw(rows, count, seed)
+
+    def picture(number: int) -> Picture:
+        images = [preprocessing.apply(read_image(folder.samples[i].path))[0] for i in indices[number]]
+        quarter = int(quarters[number])
+        mask = mosaics.quarter_mask(images[0].shape[1], images[0].shape[2], quarter)
+        return Picture(mosaics.four(images), folder.classes[rows[indices[number][quarter]]], mask)
+
+    return LazyPictures(count, picture)
+
+
+class LazyPictures(Sequence[Picture]):
+    """`count` pictures, each made by `make(number)` whenever it is looked at."""
+
+    def __init__(self, count: int, make: Callable[[int], Picture]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Picture: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Picture]: ...
+    def __getitem__(self, index: int | slice) -> Picture | Sequence[Picture]:
+        if isinstance(index, slice):
+            return [self._make(number) for number in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
+
+
 def compare(
     methods: dict[str, Maps],
     pictures: Sequence[Picture],
@@ -94,18 +135,18 @@ def compare(
     A map without mass has no share and points nowhere: it counts as 0 for both. `progress(done, total)`
     counts maps.
     """
-    scores = []
+    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
     done, total = 0, len(methods) * len(pictures)
-    for name, maps in methods.items():
-        measured = []
-        for batch in _chunks(pictures, batch_size):
-            saliency = maps(torch.stack([p.image for p in batch]), [p.target for p in batch]).cpu().numpy()
-            measured += [_measure(one, p.mask) for one, p in zip(saliency, batch, strict=True)]
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures[start : start + batch_size]
+        images, targets = torch.stack([p.image for p in batch]), [p.target for p in batch]
+        for name, maps in methods.items():
+            saliency = maps(images, targets).cpu().numpy()
+            measured[name] += [_measure(one, p.mask) for one, p in zip(saliency, batch, strict=True)]
             done += len(batch)
             if progress is not None:
                 progress(done, total)
-        scores.append(_score(name, np.array(measured)))
-    return scores
+    return [_score(name, np.array(rows)) for name, rows in measured.items()]
 
 
 def _maps(explainer: Explainer, **options: Any) -> Maps:
@@ -135,7 +176,3 @@ def _score(name: str, measured: NDArray[np.float64]) -> Score:
         gini=float(np.nanmean(sparsity)),
         pictures=len(measured),
     )
-
-
-def _chunks(pictures: Sequence[Picture], size: int) -> Iterable[Sequence[Picture]]:
-    return (pictures[i : i + size] for i in range(0, len(pictures), size))

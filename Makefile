@@ -1,0 +1,51 @@
+# Everything a newcomer needs; `make` alone lists it.
+PYTHON ?= python3
+PORT   ?= 3000
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint model figures lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(READY)  ## create .venv with the locked dependencies
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)  ## serve the bundled model, explain sample pictures over HTTP, write out/
+	$(BIN)/python -m scenes.demo --out out
+
+serve: $(READY)  ## serve the bundled model on PORT (3000)
+	@echo "Try: curl -s -H 'Accept: image/png' -F image=@picture.png http://127.0.0.1:$(PORT)/explain -o map.png"
+	$(BIN)/parchgrad serve --port $(PORT)
+
+test: $(READY) lint  ## lint, type-check and run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+model: $(READY)  ## train the bundled model again and build its selection table
+	$(BIN)/python -m scenes.train
+	$(BIN)/python -m scenes.table
+
+figures: $(READY)  ## print the figures of docs/figures.md
+	$(BIN)/python -m scenes.evaluate
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+lock:  ## write requirements.lock from what .venv holds
+	{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable --exclude parchgrad; \
+	  $(BIN)/python -m pip freeze --all | grep -E '^(setuptools|wheel)=='; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
