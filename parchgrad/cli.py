@@ -392,7 +392,8 @@ def _progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.tasks:
+            bar.stop()
 
 
 def _show_table(table: SelectionTable) -> None:

@@ -66,7 +66,7 @@ def channel_factors(
 
     # Written as "not greater" so that the NaN of 0 / 0 counts as negligible.
     identity = ~(m > NEGLIGIBLE * (m + n)) | (~infinite & ~(n > NEGLIGIBLE * (m + n))) | ~_both_sides(selected)
-    cancels = max(NEGLIGIBLE, _rounding(m.dtype))
+    cancels = max(NEGLIGIBLE, _rounding(m.dtype, grad.shape[1]))
     identity |= exact & (~(before > cancels * (m + n)) | ~(after > cancels * apart))
     return Factors(
         selected=torch.where(identity, 1.0, p * b),
@@ -111,7 +111,7 @@ def _side_sums(grad: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         centred = sums - sums.mean(dim=2, keepdim=True)
         # A gradient that is the same at every position (a convolution before global pooling alone) has no
         # variance, but summing its channels in another order at each position leaves some.
-        constant = _variance(centred) <= _rounding(sums.dtype) * _variance(sums)
+        constant = _variance(centred) <= _rounding(sums.dtype, flat.shape[1]) * _variance(sums)
         sums = torch.where(constant[..., None], 0.0, centred)
     return sums[:, 0], sums[:, 1]
 
@@ -120,9 +120,10 @@ def _variance(centred: Tensor) -> Tensor:
     return (centred * centred).mean(dim=-1)
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """The square of some roundings: below it, relative to the squares summed, a variance is none."""
-    return float((32 * torch.finfo(dtype).eps) ** 2)
+def _rounding(dtype: torch.dtype, channels: int) -> float:
+    """Square of the relative rounding of a sum over channels: a variance below it, relative to the squares
+    summed, is none. Roundings add up like a random walk, hence in proportion to the number of terms."""
+    return float((8 * torch.finfo(dtype).eps) ** 2 * channels)
 
 
 def _both_sides(selected: Tensor) -> Tensor:
