@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 # torch is imported inside the commands: `parchgrad --help` stays instant.
 FOLDER = click.Path(file_okay=False, path_type=Path)
 MODELS_DIR = click.option(
-    "--models-dir", type=FOLDER, default=Path("models"), show_default=True, envvar="PARCHGRAD_MODELS_DIR",
+    "--models-dir", type=FOLDER, default=Path("models"), show_default=True,
     help="Model repository.",
 )  # fmt: skip
 TABLES_DIR = click.option(
-    "--tables-dir", type=FOLDER, default=Path("selection_tables"), show_default=True, envvar="PARCHGRAD_TABLES_DIR",
+    "--tables-dir", type=FOLDER, default=Path("selection_tables"), show_default=True,
     help="Folder of the selection tables.",
 )  # fmt: skip
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")

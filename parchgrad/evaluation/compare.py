@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -55,7 +55,8 @@ def standard_methods(
     """
     table = explainer.table
     random = SelectionTable.random(explainer.model, table.classes, seed, idle_layers=table.idle_layers)
-    control = Explainer(explainer.model, random.with_defaults(**vars(table.defaults)), explainer.device)
+    random = replace(random, labels=table.labels, defaults=table.defaults)
+    control = Explainer(explainer.model, random, explainer.device)
     methods = {
         "gradient": _maps(explainer, rule=False),
         "input x gradient": _maps(explainer, rule=False, method="input_x_gradient"),

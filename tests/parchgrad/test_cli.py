@@ -159,7 +159,7 @@ def test_a_table_is_not_built_over_weights_of_another_model(project, tmp_path):
     torch.save(build_network(ARCHITECTURE, 4).state_dict(), tmp_path / "other.pth")
     options = ("--rule", "native", "--size", 48, "--labels", root / "labels.txt", "--weights", tmp_path / "other.pth")
     output("model", "add", "tiny", "--arch", ARCHITECTURE, *options, "--models-dir", tmp_path)
-    with pytest.raises(ParchGradError, match="weights_sha256 is .* the model's is"):
+    with pytest.raises(ParchGradError, match=r"weights_sha256 is .* the model's is"):
         invoke("explain", "tiny", root / "images/disc/0.png", "--models-dir", tmp_path, *where[2:])
 
 

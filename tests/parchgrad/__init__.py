@@ -1,0 +1,1 @@
+"""Tests of the library against the slow, obvious oracles."""

@@ -1,0 +1,234 @@
+"""Building a table: a tiny folder of images gives, layer by layer, what SciPy gives on features taken one by one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from parchgrad.build import build_table
+from parchgrad.errors import DataError, ModelError, UnsupportedModelError
+from parchgrad.explainer import Explainer
+from parchgrad.models import add_model, build_network, load_model
+from parchgrad.preprocessing import Preprocessing
+from parchgrad.tables import Defaults, load_table
+from tests.oracles import selection
+from tests.oracles.tolerance import assert_close
+
+LABELS = ["cat", "dog", "tree", "bus"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    # Both layers of one width: features of the wrong layer would fit in shape.
+    state = build_network("tests.parchgrad.factories:small", 4).state_dict()
+    state["first.bias"][2] = -50.0  # a dead channel
+    folder = add_model(
+        "net", architecture="tests.parchgrad.factories:small", weights=state, labels=LABELS,
+        preprocessing=Preprocessing(size=(12, 12), resize=14), models_dir=tmp_path_factory.mktemp("models"),
+    )  # fmt: skip
+    return load_model(folder)
+
+
+def write_images(folder, count, seed, sizes=((16, 20), (15, 15))):
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        width, height = sizes[i % len(sizes)]
+        level = generator.integers(0, 200, 3)
+        pixels = np.clip(level + generator.integers(0, 56, (height, width, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three of the four classes, unequal in number; folders named by name and by index; a note among the images."""
+    root = tmp_path_factory.mktemp("data")
+    for folder, count, seed in (("tree", 9, 0), ("0", 5, 1), ("bus", 6, 2)):
+        write_images(root / folder, count, seed)
+    (root / "tree" / "notes.txt").write_text("no image")
+    (root / "README.md").write_text("no class")
+    return root
+
+
+def features_one_by_one(model, data):
+    """{layer: (images, channels)} and labels: each image alone through a float32 model, features in float64 loops."""
+    found = {"first": [], "second": []}
+    labels = []
+    with torch.no_grad():
+        for index, folder in ((0, "0"), (2, "tree"), (3, "bus")):
+            for path in sorted((data / folder).glob("*.png")):
+                image = model.preprocessing.apply(Image.open(path).convert("RGB"))[0][None]
+                z = model.module.first(image)
+                found["first"].append(selection.gap_feature(z[0]))
+                z = model.module.second(torch.relu(model.module.norm(torch.relu(z) * 0 + z)))
+                found["second"].append(selection.gap_feature(z[0]))
+                labels.append(index)
+    return {name: np.stack(rows) for name, rows in found.items()}, np.array(labels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_table_equals_the_oracle(model, data, batch_size):
+    table = build_table(model, data, batch_size=batch_size)
+    features, labels = features_one_by_one(model, data)
+    assert table.classes == (0, 2, 3)
+    assert table.images_per_class == (5, 9, 6)
+    assert list(table.layers) == ["first", "second"]
+    assert table.labels == tuple(LABELS)
+    assert (table.model_name, table.weights_sha256) == ("net", model.weights_sha256)
+    for name, layer in table.layers.items():
+        for row, a_class in enumerate(table.classes):
+            t, log_p = selection.welch(features[name], labels, a_class)
+            alive = ~np.isnan(log_p)
+            np.testing.assert_allclose(layer.log_p[row][alive], log_p[alive], rtol=1e-3)  # float32 features
+            assert np.all(layer.log_p[row].numpy()[~alive] == 0.0)
+            log_p, t = np.where(alive, log_p, 0.0), np.where(alive, t, 0.0)
+            assert layer.rank[row].tolist() == selection.ranks(log_p, t)
+        assert_close(layer.mean, features[name].mean(0), 1e-5)
+        assert_close(layer.std, features[name].std(0, ddof=1), 1e-5)
+        spread = features[name].std(0) > 0
+        assert_close(
+            layer.normality_p[torch.from_numpy(spread)], selection.normality_p(features[name][:, spread]), 1e-3
+        )
+    assert int(table.layers["first"].std.eq(0).sum()) == 1, "the dead channel"
+
+
+def test_the_built_table_is_the_models_and_survives_saving(model, data, tmp_path):
+    defaults = Defaults(quantile=0.3, gamma=4.0)
+    table = build_table(model, data, name="mine", version=7, defaults=defaults).save(tmp_path / "mine" / "7")
+    loaded = load_table(tmp_path / "mine", model=model)
+    assert (loaded.name, loaded.version, loaded.defaults) == ("mine", "7", defaults)
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    one = Explainer(model, table).explain(images, [0, 3])
+    assert torch.equal(one.attributions, Explainer(model, loaded).explain(images, [0, 3]).attributions)
+
+
+def test_building_twice_gives_the_same_table(model, data):
+    one, other = build_table(model, data, seed=3), build_table(model, data, seed=3)
+    for name, layer in one.layers.items():
+        for field in dataclasses.fields(layer):
+            assert torch.equal(getattr(layer, field.name), getattr(other.layers[name], field.name))
+
+
+def test_normality_may_be_left_out(model, data):
+    assert all(layer.normality_p is None for layer in build_table(model, data, normality=False).layers.values())
+
+
+def test_the_normality_subsample_is_balanced_and_limited(model, data, monkeypatch):
+    """With room for 12 of the 20 images: four of each class, the same ones for the same seed."""
+    monkeypatch.setattr("parchgrad.build.NORMALITY_IMAGES", 12)
+    table = build_table(model, data)
+    assert table.built["normality"]["images"] == 12
+    features, _ = features_one_by_one(model, data)
+    whole = selection.normality_p(features["second"])
+    assert np.abs(table.layers["second"].normality_p.numpy() - whole).max() > 1e-3
+    again = build_table(model, data)
+    assert torch.equal(again.layers["second"].normality_p, table.layers["second"].normality_p)
+
+
+def test_progress_counts_every_image(model, data):
+    seen = []
+    build_table(model, data, batch_size=8, progress=lambda done, total: seen.append((done, total)))
+    assert [total for _, total in seen] == [20] * len(seen)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] == 20
+
+
+def test_the_callers_model_is_left_as_it_was(model, data):
+    before = {name: (len(m._forward_hooks), m.training) for name, m in model.module.named_modules()}
+    build_table(model, data)
+    assert before == {name: (len(m._forward_hooks), m.training) for name, m in model.module.named_modules()}
+
+
+def test_images_of_many_sizes_under_the_native_rule(model, tmp_path):
+    native = dataclasses.replace(
+        model, preprocessing=Preprocessing(size=(12, 12), rule="native", min_side=8, max_side=30)
+    )
+    for folder, seed in (("cat", 0), ("dog", 1)):
+        write_images(tmp_path / folder, 5, seed, sizes=((16, 20), (15, 15), (20, 16)))
+    table = build_table(native, tmp_path, batch_size=4)
+    alone = build_table(native, tmp_path, batch_size=1)
+    for name, layer in table.layers.items():
+        assert_close(layer.log_p, alone.layers[name].log_p, 1e-4)
+    assert table.images_per_class == (5, 5)
+
+
+class Twice(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, images):
+        return self.head(self.conv(self.conv(images)).mean((2, 3)))
+
+
+def test_a_convolution_that_runs_twice_is_refused(model, data):
+    twice = dataclasses.replace(model, module=Twice(4).eval())
+    with pytest.raises(UnsupportedModelError, match="'conv' runs twice"):
+        build_table(twice, data)
+
+
+def empty(root):
+    pass
+
+
+def only_files(root):
+    write_images(root / "cat", 2, 0)
+    for path in (root / "cat").iterdir():
+        path.rename(root / path.name)
+    (root / "cat").rmdir()
+
+
+def one_class(root):
+    write_images(root / "cat", 3, 0)
+
+
+def lonely_image(root):
+    write_images(root / "cat", 3, 0)
+    write_images(root / "dog", 1, 0)
+
+
+def no_such_class(root):
+    write_images(root / "cat", 3, 0)
+    write_images(root / "horse", 3, 0)
+
+
+def same_class_twice(root):
+    write_images(root / "cat", 3, 0)
+    write_images(root / "0", 3, 0)
+
+
+def broken_image(root):
+    write_images(root / "cat", 3, 0)
+    write_images(root / "dog", 3, 0)
+    (root / "dog" / "99.png").write_bytes(b"no image")
+
+
+BAD_FOLDERS = {
+    "empty": (empty, "holds no folders of images"),
+    "files-only": (only_files, "holds no folders of images"),
+    "one-class": (one_class, "holds 1 class; a table contrasts at least 2"),
+    "lonely-image": (lonely_image, r"dog' holds 1 image\(s\); a class needs at least 2"),
+    "no-such-class": (no_such_class, "horse' is named after no class of model 'net'"),
+    "same-class-twice": (same_class_twice, r"second folder of class 0 \(cat\)"),
+    "broken-image": (broken_image, "99.png' cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
+def test_a_folder_that_cannot_give_a_table_is_refused(model, tmp_path, case):
+    make, message = case
+    make(tmp_path)
+    with pytest.raises(DataError, match=message):
+        build_table(model, tmp_path)
+
+
+def test_a_path_that_is_no_folder_is_refused(model, tmp_path):
+    with pytest.raises(DataError, match="absent"):
+        build_table(model, tmp_path / "absent")
+    with pytest.raises((DataError, ModelError)):
+        build_table(model, __file__)
