@@ -65,7 +65,7 @@ def test_the_service_explains_real_photographs(server, repository, real_model):
         # Another number of threads sums in another order, and a ReLU on the edge then flips one path.
         distance = np.linalg.norm(arrays["saliency_0"] - saliency) / np.linalg.norm(saliency)
         assert distance < 1e-2, path
-    assert right >= 0.6 * len(paths)
+    assert right >= 0.5 * len(paths)
 
 
 def test_a_prediction_outside_the_table_is_still_answered(server):

@@ -1,0 +1,41 @@
+"""Builds the bundled model's selection table from generated scenes: `python -m scenes.table` (part of `make model`)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+from rich.progress import Progress
+
+from parchgrad import golden
+from parchgrad.build import build_table
+from parchgrad.explainer import Explainer
+from parchgrad.models import load_model
+from scenes.folder import write_folder
+
+NAME = "scenes"
+
+
+@click.command(help="Build the selection table of the bundled model from generated scenes.")
+@click.option("--scenes", "count", default=4000, show_default=True, help="Scenes in all, of the split 'table'.")
+@click.option("--size", default=128, show_default=True, help="Pixels a side.")
+@click.option("--models-dir", default="models", show_default=True, type=click.Path(path_type=Path))
+@click.option("--tables-dir", default="selection_tables", show_default=True, type=click.Path(path_type=Path))
+def main(count: int, size: int, models_dir: Path, tables_dir: Path) -> None:
+    model = load_model(models_dir / NAME)
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        task = progress.add_task("drawing scenes", total=count)
+        for _ in write_folder(Path(folder), "table", count, size):
+            progress.advance(task)
+        task = progress.add_task("building the table", total=count)
+        table = build_table(model, folder, progress=lambda done, _: progress.update(task, completed=done))
+    # The folder's name is random; the scenes are what the table is made of.
+    table.built["data"] = f"scenes, split 'table', 0 to {count - 1}, {size} pixels"
+    saved = table.save(tables_dir / NAME / model.version)
+    golden.record(Explainer(model, saved), tables_dir / NAME / model.version)
+    click.echo(f"wrote {saved.folder}")
+
+
+if __name__ == "__main__":
+    main()
