@@ -336,7 +336,8 @@ def serve(port: int, host: str, bentoml_arguments: tuple[str, ...]) -> None:
         raise click.ClickException("bentoml is not installed here; install parchgrad[service].")
     if not Path("service/service.py").is_file():
         raise click.ClickException("No folder 'service' here; run this from the project's checkout.")
-    os.execv(executable, command)
+    # bentoml would otherwise report its use to its makers.
+    os.execve(executable, command, {"BENTOML_DO_NOT_TRACK": "true", **os.environ})
 
 
 SERVICE = "service.service:ParchGradService"

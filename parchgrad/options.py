@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from parchgrad.errors import OptionError
-from parchgrad.rule import CONSERVE
+from parchgrad.rule import CONSERVE, MAX_GAMMA
 from parchgrad.tables import SELECTIONS, Defaults, Quantile
 
 METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
@@ -27,7 +27,7 @@ class Options:
     method: one of METHODS.  rule: False switches ParchGrad off, leaving the plain method.
     quantile: share of a layer's channels to select, in (0, 1]; a number, or by layer glob pattern.
     alpha: select by p-value instead of quantile, in (0, 1]; None = by quantile.
-    gamma: sd of the selected side's sum in units of the unselected side's; >= 0, infinity allowed.
+    gamma: sd of the selected side's sum in units of the unselected side's; in [0, 1e6], or infinity.
     conserve: `independent`, `exact` or `none`.  selection: `class` or `instance`.
     layers: glob patterns of the layers the rule acts on.  normality_filter: drop normal channels.
     seed: what is differentiated, the target's `logit` or its `probability_weighted_logit`.
@@ -60,7 +60,7 @@ class Options:
             _number("quantile", value, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.alpha is not None:
             _number("alpha", self.alpha, lambda v: 0 < v <= 1, "a number in (0, 1]")
-        _number("gamma", self.gamma, lambda v: v >= 0, "a number >= 0, or inf")
+        _number("gamma", self.gamma, lambda v: 0 <= v <= MAX_GAMMA or v == math.inf, f"in [0, {MAX_GAMMA:g}], or inf")
         _number("noise", self.noise, lambda v: 0 <= v <= 10, "a number in [0, 10]")
         _integer("steps", self.steps, 1, MAX_STEPS)
         _integer("samples", self.samples, 1, MAX_STEPS)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 CONSERVE = ("independent", "exact", "none")
 
+# Beyond it a finite gamma differs from infinity by less than rounding, and unconserved maps would overflow.
+MAX_GAMMA = 1e6
+
 # Relative to M + N: below it a variance is rounding noise, whatever the gradient's scale.
 NEGLIGIBLE = 1e-12
 

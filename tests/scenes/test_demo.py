@@ -27,7 +27,7 @@ def test_the_demonstration_writes_an_overlay_a_picture_and_one_contact_sheet(tmp
     names = [q.name for q in questions()]
     assert len(names) == len(SCENES) + 2 * len(MOSAICS)
     assert {p.name for p in tmp_path.iterdir()} == {"contact_sheet.png", *(f"{name}.overlay.png" for name in names)}
-    for name in names:
-        assert name in ran.stdout
-        with Image.open(tmp_path / f"{name}.overlay.png") as drawn:
-            assert drawn.size == (128, 128)
+    for question in questions():
+        assert question.name in ran.stdout
+        with Image.open(tmp_path / f"{question.name}.overlay.png") as drawn:
+            assert drawn.size == question.image.shape[1::-1]

@@ -1,0 +1,261 @@
+"""Outcomes -> the bytes of an answer: JSON, PNG or npz. Pure and slow enough to run in a thread, off the event loop."""
+
+import base64
+import io
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from parchgrad import render
+from service import metrics
+from service.engine import Engine, Result
+from service.errors import ServiceError
+from service.pipeline import Outcome, best
+from service.schemas import (
+    ErrorBody,
+    ExplainAnswer,
+    ExplainResult,
+    ExplanationAnswer,
+    FailedAnswer,
+    ModelIdentity,
+    PredictAnswer,
+    Prediction,
+    PredictResult,
+    Quality,
+    SaliencyMap,
+    Transform,
+)
+
+if TYPE_CHECKING:
+    from parchgrad.options import Options
+
+JSON, PNG, NPZ = "application/json", "image/png", "application/x-npz"
+MEDIA_TYPES = (JSON, PNG, NPZ)
+DEFAULT_TOP_K = 5
+SMOOTH = 0.008  # of the picture's longer side: the map of single pixels is hard to see on a photograph
+
+Array = np.ndarray[Any, Any]
+
+
+def accepted(header: str) -> str:
+    """The media type to answer with, by quality then by our order. Raises ServiceError(not_acceptable)."""
+    ranges = []
+    for part in header.split(",") if header.strip() else ["*/*"]:
+        name, _, parameters = part.partition(";")
+        ranges.append((name.strip().lower(), _quality(parameters)))
+
+    def quality(media: str) -> float:
+        """That of the most specific range that fits (RFC 9110, 12.5.1)."""
+        wanted = (media, media.partition("/")[0] + "/*", "*/*")
+        return next((q for range_ in wanted for name, q in ranges if name == range_), 0.0)
+
+    chosen = max(MEDIA_TYPES, key=quality)  # max keeps the first of equals: JSON before the others
+    if quality(chosen) <= 0:
+        raise ServiceError("not_acceptable", f"Accept is {header[:100]!r}; answers are {', '.join(MEDIA_TYPES)}.")
+    return chosen
+
+
+def _quality(parameters: str) -> float:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+def encode(engine: Engine, outcomes: Sequence[Outcome | ServiceError], media_type: str, *, explain: bool) -> bytes:
+    """A single image's error is raised; of several images, each has its own place in the answer.
+
+    So a request with several images, all of them bad, is answered 200 with an error for each.
+    """
+    start = time.perf_counter()
+    if len(outcomes) == 1 and isinstance(outcomes[0], ServiceError):
+        raise outcomes[0]
+    if media_type == PNG:
+        content = _png(engine, outcomes[0])
+    elif media_type == NPZ:
+        content = _npz(outcomes)
+    else:
+        content = _json(engine, outcomes, explain)
+    metrics.render_seconds.observe(time.perf_counter() - start)
+    return content
+
+
+def identity(engine: Engine) -> ModelIdentity:
+    return ModelIdentity(
+        name=engine.model.name,
+        version=engine.model.version,
+        weights_sha256=engine.model.weights_sha256,
+        table_sha256=engine.table.table_sha256,
+    )
+
+
+def _json(engine: Engine, outcomes: Sequence[Outcome | ServiceError], explain: bool) -> bytes:
+    def result(outcome: Outcome | ServiceError) -> Any:
+        if isinstance(outcome, ServiceError):
+            return _failed(outcome)
+        return _explained(engine, outcome) if explain else PredictResult(predictions=_predictions(engine, outcome))
+
+    answer = (ExplainAnswer if explain else PredictAnswer)(model=identity(engine), results=list(map(result, outcomes)))
+    return answer.model_dump_json(exclude_none=True).encode()
+
+
+def _failed(error: ServiceError) -> FailedAnswer:
+    return FailedAnswer(error=ErrorBody(code=error.code, message=error.message))
+
+
+def _predictions(engine: Engine, outcome: Outcome) -> list[Prediction]:
+    probabilities = outcome.first.probabilities
+    k = outcome.request.asked.top_k or min(DEFAULT_TOP_K, len(probabilities))
+    return [_prediction(engine, outcome.first, index) for index in best(probabilities, k)]
+
+
+def _prediction(engine: Engine, result: Result, index: int) -> Prediction:
+    return Prediction(index=index, label=engine.model.labels[index], probability=float(result.probabilities[index]))
+
+
+def _explained(engine: Engine, outcome: Outcome) -> ExplainResult:
+    maps = [_explanation(engine, outcome, result) for result in outcome.results]
+    predictions = _predictions(engine, outcome)
+    if outcome.request.asked.top_targets:
+        return ExplainResult(predictions=predictions, explanations=maps)
+    return ExplainResult(predictions=predictions, explanation=maps[0])
+
+
+def _explanation(engine: Engine, outcome: Outcome, result: Result) -> ExplanationAnswer | FailedAnswer:
+    from parchgrad.evaluation.maps import gini
+
+    if error := _map_error(engine, result):
+        return _failed(error)
+    assert result.saliency is not None
+    options, asked, prepared = outcome.request.options, outcome.request.asked, outcome.prepared
+    assert options is not None  # results with a map come from requests to explain
+    return ExplanationAnswer(
+        target=_prediction(engine, result, result.target),
+        **_effective(options),
+        polarity=asked.polarity,
+        saliency=_saliency(outcome, result.saliency),
+        transform=Transform(
+            original_size=prepared.placement.original_size,
+            exif_orientation=prepared.orientation,
+            crop_box=prepared.placement.crop_box,
+        ),
+        quality=Quality(gini=_or_none(gini(result.saliency)), identity_layers=result.identity_layers),
+    )
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no NaN
+
+
+def _effective(options: "Options") -> dict[str, Any]:
+    quantile = options.quantile if isinstance(options.quantile, float | int) else dict(options.quantile)
+    return {
+        "method": options.method,
+        "rule": options.rule,
+        "quantile": None if options.alpha is not None else quantile,
+        "alpha": options.alpha,
+        "gamma": "inf" if math.isinf(options.gamma) else options.gamma,
+        "selection": options.selection,
+        "conserve": options.conserve,
+        "layers": list(options.layers),
+        "seed": options.seed,
+    }
+
+
+def _map_error(engine: Engine, result: Result) -> ServiceError | None:
+    """Why there is no map to answer with, if there is none."""
+    if result.saliency is None:
+        table, label = engine.table, engine.model.labels[result.target]
+        return ServiceError(
+            "target_not_in_table",
+            f"Table '{table.name}' has no row for class {result.target} ({label}); it covers {len(table.classes)} of "
+            f"{len(table.labels)} classes. selection=instance needs no row.",
+        )
+    if not np.isfinite(result.saliency).all():
+        return ServiceError("map_not_finite", "The map overflows float32 under these options; gamma may be too large.")
+    return None
+
+
+def _saliency(outcome: Outcome, values: Array) -> SaliencyMap | None:
+    encoding = outcome.request.asked.saliency
+    if encoding == "none":
+        return None
+    if encoding == "png":
+        picture = _picture(outcome, values)
+        data = base64.b64encode(render.png(picture)).decode()
+        return SaliencyMap(shape=picture.shape[:2], dtype="png", scale=1.0, encoding="base64", data=data)
+    shape = (values.shape[0], values.shape[1])
+    if encoding == "list":
+        return SaliencyMap(shape=shape, dtype="float32", scale=1.0, encoding="list", data=values.tolist())
+    array, scale = quantised(values, encoding)
+    data = base64.b64encode(array.tobytes()).decode()
+    return SaliencyMap(shape=shape, dtype=encoding, scale=scale, encoding="base64", data=data)
+
+
+def quantised(values: Array, dtype: str) -> tuple[Array, float]:
+    """(array, scale) with values = scale * array. Small floats are scaled to 0..1: gradients underflow float16."""
+    if dtype == "float32":
+        return values.astype("<f4"), 1.0
+    largest = float(values.max()) or 1.0
+    if dtype == "float16":
+        return (values / largest).astype("<f2"), largest
+    return np.rint(values / largest * 255).astype(np.uint8), largest / 255
+
+
+def _png(engine: Engine, outcome: Outcome | ServiceError) -> bytes:
+    assert isinstance(outcome, Outcome)  # a single image's error was raised before
+    if error := _map_error(engine, outcome.first):
+        raise error
+    assert outcome.first.saliency is not None
+    return render.png(_picture(outcome, outcome.first.saliency))
+
+
+def _picture(outcome: Outcome, values: Array) -> Array:
+    """The map over what the model saw, uint8 (h, w, 3), as the drawing options say."""
+    backdrop, drawing = outcome.prepared.backdrop, outcome.request.asked.drawing
+    assert backdrop is not None  # prepared for every request that draws
+    spread = Image.fromarray(values).resize(backdrop.size, Image.Resampling.BILINEAR)
+    return render.overlay(
+        np.asarray(backdrop),
+        np.asarray(spread),
+        colormap=drawing.colormap,
+        mode=drawing.overlay,
+        clip_lower=drawing.clip_lower,
+        clip_upper=drawing.clip_upper,
+        smooth=SMOOTH * max(backdrop.size),
+    )
+
+
+def _npz(outcomes: Sequence[Outcome | ServiceError]) -> bytes:
+    """Arrays named `<what>_<image>`; an image that failed has only `error_<image>`, a string."""
+    arrays: dict[str, Any] = {}
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, ServiceError):
+            arrays[f"error_{i}"] = np.array(f"{outcome.code}: {outcome.message}")
+            continue
+        arrays[f"logits_{i}"] = outcome.first.logits
+        arrays[f"probabilities_{i}"] = outcome.first.probabilities
+        if outcome.request.options is None:
+            continue
+        maps = [_map_or_nan(outcome, result) for result in outcome.results]
+        many = bool(outcome.request.asked.top_targets)
+        arrays[f"saliency_{i}"] = np.stack(maps) if many else maps[0]  # (h, w), or (k, h, w) for top:k
+        targets = np.array([result.target for result in outcome.results], dtype=np.int64)
+        arrays[f"target_{i}"] = targets if many else targets[0]
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _map_or_nan(outcome: Outcome, result: Result) -> Array:
+    if result.saliency is not None:
+        return result.saliency
+    return np.full(tuple(outcome.prepared.tensor.shape[-2:]), np.nan, dtype=np.float32)

@@ -1,0 +1,126 @@
+"""The Starlette app mounted into the BentoML service: all routes, and what holds for every one of them.
+
+`Envelope` goes around BentoML's own routes too (/livez, /readyz): request id, metrics, one form of errors.
+"""
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import metrics, native, openapi, protocol
+from service.errors import LIBRARY_CODES, ServiceError, from_exception
+
+log = logging.getLogger(__name__)
+
+BENTOML_ROUTES = ("/livez", "/readyz", "/healthz")
+OTHER = "other"  # route label of every path that is none of ours: callers choose paths
+
+# Statuses that Starlette and BentoML answer by themselves, as plain text.
+_CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 503: "not_ready"}
+
+
+def error_body(path: str, error: ServiceError) -> dict[str, Any]:
+    """The native form, or the Open Inference Protocol's on its paths."""
+    if path == protocol.PREFIX or path.startswith(protocol.PREFIX + "/"):
+        return {"error": error.message}
+    return {"error": {"code": error.code, "message": error.message}}
+
+
+def _from_status(path: str, status: int) -> ServiceError:
+    messages = {
+        404: f"There is nothing at {path[:200]!r}.",
+        405: f"The method is not allowed at {path[:200]!r}.",
+        500: "The service failed on this request; its log says why.",
+        503: "The model is still loading, or did not load; the log says which.",
+    }
+    return ServiceError(_CODE_OF_STATUS.get(status, "internal"), messages.get(status, messages[500]))
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    answer = from_exception(error)
+    metrics.rejects.labels(answer.code).inc()
+    return JSONResponse(error_body(request.url.path, answer), status_code=answer.status, headers=answer.headers)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = _from_status(request.url.path, error.status_code)
+    metrics.rejects.labels(answer.code).inc()
+    return JSONResponse(error_body(request.url.path, answer), status_code=answer.status, headers=error.headers)
+
+
+def create_app() -> Starlette:
+    """All our routes. Whoever serves it sets `app.state.pipeline` before the first request."""
+    handlers: dict[Any, Any] = {HTTPException: _on_http_exception, ServiceError: _on_error}
+    handlers |= {kind: _on_error for kind, _ in LIBRARY_CODES}
+    routes: list[BaseRoute] = [*native.ROUTES, *protocol.ROUTES]
+    routes.append(Route("/docs.json", openapi.view, methods=["GET"]))
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+class Envelope:
+    """ASGI middleware: echoes or makes X-Request-Id, counts and times, turns plain-text errors into ours."""
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app, self._routes = app, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        route, start = self._template(scope), time.perf_counter()
+        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        status = 500
+        replacement: bytes | None = None  # the body to send instead of a plain-text error's
+
+        async def enveloped(message: Message) -> None:
+            nonlocal status, replacement
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=message["headers"])
+                headers["X-Request-Id"] = request_id
+                if status >= 400 and headers.get("content-type", "").startswith("text/plain"):
+                    error = _from_status(scope["path"], status)
+                    metrics.rejects.labels(error.code).inc()
+                    replacement = json.dumps(error_body(scope["path"], error)).encode()
+                    headers["content-type"], headers["content-length"] = "application/json", str(len(replacement))
+                    for name, value in error.headers.items():
+                        headers[name] = value
+            elif message["type"] == "http.response.body" and replacement is not None:
+                message = {**message, "body": replacement}
+                replacement = b""
+            await send(message)
+
+        metrics.in_flight.inc()
+        try:
+            await self._app(scope, receive, enveloped)
+        except Exception:
+            # Starlette has answered 500 and raised on; raising further would make uvicorn close the connection.
+            log.exception("Request %s failed for a reason of ours.", request_id)
+        finally:
+            metrics.in_flight.dec()
+            metrics.requests.labels(route, str(status)).inc()
+            metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+
+    def _template(self, scope: Scope) -> str:
+        if scope["path"] in BENTOML_ROUTES:
+            return str(scope["path"])
+        for route in self._routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+                return route.path
+        return OTHER
+
+
+def _request_id(given: str) -> str:
+    return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex

@@ -1,0 +1,155 @@
+"""Many requests -> one device batch, each item with its own options. Knows neither HTTP nor torch.
+
+Why not `@bentoml.api(batchable=True)`: docs/service.md. The device works in one thread of its own; while it is busy
+items queue up, and whatever has queued (of one group, up to its capacity) is its next batch.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from service import metrics
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+class QueueFullError(Exception):
+    """The queue holds as many items as it may."""
+
+
+class DeadlineError(Exception):
+    """The item's deadline passed before its result was there."""
+
+
+@dataclass
+class _Entry(Generic[Job, Result]):
+    job: Job
+    deadline: float  # on the loop's clock
+    queued: float
+    result: asyncio.Future[Result]
+
+
+class Batcher(Generic[Job, Result]):
+    """`run(jobs)` answers one result a job, in order, on `executor`.
+
+    Jobs of one batch share `group(job)`, which returns (kind, ...): the kind labels the metrics. `capacity(job)`
+    is how many of its group fit in one batch. A batch that raises, or answers too few or too many results, is run
+    again one by one, so that only the job at fault fails.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Job]], Sequence[Result]],
+        group: Callable[[Job], tuple[str, Hashable]],
+        executor: Executor,
+        *,
+        capacity: Callable[[Job], int],
+        max_queue: int,
+        max_delay: float = 0.0,
+    ) -> None:
+        self._run, self._group, self._executor = run, group, executor
+        self._capacity, self._max_queue, self._max_delay = capacity, max_queue, max_delay
+        self._queue: deque[_Entry[Job, Result]] = deque()
+        self._filled = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def submit(self, job: Job, deadline: float) -> Result:
+        """The job's result. Raises QueueFullError at once, DeadlineError on time, or what `run` raised for this job.
+
+        Cancelling the caller withdraws the job; if the device has not begun it, it is never computed.
+        """
+        loop = asyncio.get_running_loop()
+        if len(self._queue) >= self._max_queue:
+            raise QueueFullError
+        if self._worker is None or self._worker.done():
+            self._worker = loop.create_task(self._work())
+        entry = _Entry(job, deadline, loop.time(), loop.create_future())
+        self._queue.append(entry)
+        metrics.queue_depth.set(len(self._queue))
+        self._filled.set()
+        try:
+            async with asyncio.timeout_at(deadline):
+                result: Result = await entry.result
+                return result
+        except TimeoutError:
+            raise DeadlineError from None
+
+    async def close(self) -> None:
+        """Stop the worker; jobs still waiting are cancelled."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        for entry in self._queue:
+            entry.result.cancel()
+        self._queue.clear()
+
+    async def _work(self) -> None:
+        while True:
+            await self._filled.wait()
+            if self._max_delay and len(self._queue) < self._capacity(self._queue[0].job):
+                await asyncio.sleep(self._max_delay)
+            batch = self._take()
+            if batch:
+                await self._answer(batch)
+
+    def _take(self) -> list[_Entry[Job, Result]]:
+        """The oldest entry and its group's next ones, in order; entries nobody waits for are dropped."""
+        now = asyncio.get_running_loop().time()
+        batch: list[_Entry[Job, Result]] = []
+        group, room = None, 0
+        others: deque[_Entry[Job, Result]] = deque()
+        for entry in self._queue:
+            if entry.result.done() or entry.deadline <= now:
+                metrics.dropped.labels("expired" if entry.deadline <= now else "cancelled").inc()
+            elif not batch or (len(batch) < room and self._group(entry.job) == group):
+                if not batch:
+                    group, room = self._group(entry.job), self._capacity(entry.job)
+                batch.append(entry)
+            else:
+                others.append(entry)
+        self._queue = others
+        metrics.queue_depth.set(len(others))
+        if not others:
+            self._filled.clear()
+        return batch
+
+    async def _answer(self, batch: list[_Entry[Job, Result]]) -> None:
+        kind = self._group(batch[0].job)[0]
+        for entry in batch:
+            metrics.queue_seconds.labels(kind).observe(asyncio.get_running_loop().time() - entry.queued)
+        try:
+            results = await self._on_device(kind, [entry.job for entry in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                if not batch[0].result.done():
+                    batch[0].result.set_exception(error)
+                return
+            log.warning("A batch of %d failed (%r); its items run one by one.", len(batch), error)
+            for entry in batch:
+                if not entry.result.done():
+                    await self._answer([entry])
+            return
+        for entry, result in zip(batch, results, strict=True):
+            if not entry.result.done():
+                entry.result.set_result(result)
+
+    async def _on_device(self, kind: str, jobs: Sequence[Job]) -> Sequence[Result]:
+        def timed() -> Sequence[Result]:
+            start = time.perf_counter()
+            results = self._run(jobs)
+            metrics.device_seconds.labels(kind).observe(time.perf_counter() - start)
+            metrics.batch_images.labels(kind).observe(len(jobs))
+            return results
+
+        results = await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        if len(results) != len(jobs):
+            raise RuntimeError(f"The device answered {len(results)} results for {len(jobs)} items.")
+        return results

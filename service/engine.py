@@ -1,0 +1,125 @@
+"""The model as the service runs it: load, self-test, and one call for a batch of jobs. Nothing here is asynchronous.
+
+All of it runs in the device thread; torch is imported when the engine is made, never when this module is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from parchgrad.options import Options
+
+PREDICTED = -1  # target of a job that explains whatever class is predicted
+
+
+@dataclass(frozen=True)
+class Explained:
+    """How a job is to be explained: `target` a class index or PREDICTED, `reduction` of Explanation.saliency."""
+
+    target: int
+    options: Options
+    reduction: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image for the device: `tensor` normalised float32 (3, h, w); without `explained`, only predicted."""
+
+    tensor: Tensor
+    explained: Explained | None = None
+
+    @property
+    def group(self) -> tuple[str, tuple[int, ...]]:
+        return ("predict" if self.explained is None else "explain"), tuple(self.tensor.shape)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the device gave for one job; arrays float32 on the CPU. A job only predicted has no saliency."""
+
+    logits: np.ndarray[Any, Any]  # (classes,)
+    probabilities: np.ndarray[Any, Any]  # (classes,)
+    target: int = PREDICTED
+    saliency: np.ndarray[Any, Any] | None = None  # (h, w); None also where the target has no row in the table
+    covered: bool = True
+    identity_layers: int = 0
+
+
+class Engine:
+    """One loaded model and its table. Raises what the library raises when either is not right."""
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        import parchgrad
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.model = parchgrad.load_model(settings.models_dir / settings.model)
+        self.table = parchgrad.load_table(settings.tables_dir / settings.model, self.model)
+        self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device)
+        self._max_batch, self._max_batch_pixels = settings.max_batch, settings.max_batch_pixels
+
+    def self_test(self) -> None:
+        """Explain the golden image and compare. Raises parchgrad.errors.GoldenError."""
+        from parchgrad import golden
+
+        assert self.table.folder is not None  # a loaded table has one
+        golden.check(self.explainer, self.table.folder)
+
+    def capacity(self, job: Job) -> int:
+        """How many jobs like this one go into one call: bounded in images and in input pixels."""
+        pixels = int(job.tensor.shape[-2] * job.tensor.shape[-1])
+        return max(1, min(self._max_batch, self._max_batch_pixels // pixels))
+
+    def options(self, given: dict[str, Any]) -> Options:
+        """`given` over the table's defaults, validated. Raises parchgrad.errors.OptionError."""
+        from parchgrad.layers import match
+        from parchgrad.options import per_image
+
+        (options,) = per_image(1, self.table.defaults, given)
+        match(self.explainer.layer_names, options.layers)
+        return options
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """Results in the order of `jobs`, which share one group."""
+        import torch
+
+        images = torch.stack([job.tensor for job in jobs])
+        asked = [job.explained for job in jobs if job.explained is not None]
+        if not asked:
+            logits = self.explainer.predict(images)
+            each_softmax = logits.float().softmax(dim=1)
+            both = zip(logits.float().cpu().numpy(), each_softmax.cpu().numpy(), strict=True)
+            return [Result(row, softmax) for row, softmax in both]
+        each = [one.options for one in asked]
+        columns: dict[str, Any] = {f.name: [getattr(options, f.name) for options in each] for f in fields(each[0])}
+        explanation = self.explainer.explain(images, [one.target for one in asked], uncovered="nan", **columns)
+        maps = {
+            reduction: explanation.saliency(reduction).float().cpu().numpy()
+            for reduction in {one.reduction for one in asked}
+        }
+        rows = explanation.logits.float().cpu().numpy()
+        probabilities = explanation.probabilities().float().cpu().numpy()
+        targets, covered = explanation.targets.tolist(), explanation.covered.tolist()
+        identity = explanation.identity_layers.tolist()
+        return [
+            Result(
+                logits=rows[i],
+                probabilities=probabilities[i],
+                target=targets[i],
+                saliency=maps[asked[i].reduction][i] if covered[i] else None,
+                covered=covered[i],
+                identity_layers=identity[i],
+            )
+            for i in range(len(jobs))
+        ]

@@ -1,0 +1,283 @@
+"""Bytes -> a safe, upright RGB image, or an `ImageError` with a code. Knows no HTTP, no model and no settings.
+
+The header is read first and the limits are applied to it; pixels are decoded only afterwards. Pillow's process-wide
+switches (`Image.MAX_IMAGE_PIXELS`, `ImageFile.LOAD_TRUNCATED_IMAGES`) are neither relied on nor touched: the plug-in
+classes are called directly, because `Image.open` would apply the first of them before our own limit is looked at.
+"""
+
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+ORIENTATION_TAG = 0x0112
+BACKGROUND = (255, 255, 255)  # what transparent pixels show: white, as most viewers and pages do
+PILLOW_WARNS_ABOVE = 89_478_485  # pixels; a higher limit of ours would meet Pillow's own
+MAX_JPEG_SCANS = 100  # a progressive JPEG needs about ten; each scan costs a pass over the whole image
+STRIP_ROWS = 256
+
+_OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
+    "jpeg": JpegImageFile,
+    "png": PngImageFile,
+    "gif": GifImageFile,
+    "webp": WebPImageFile,
+    "bmp": BmpImageFile,
+    "tiff": TiffImageFile,
+}
+FORMATS = tuple(_OPENERS)
+
+_UPRIGHT = {  # EXIF orientation -> what makes it upright (EXIF 2.32, tag 0x0112)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """An image we do not decode. `code` is one of the codes `image_*` in errors.STATUS."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """`max_bytes` of the encoded file, `max_pixels` of width times height."""
+
+    max_bytes: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright RGB image of 8 bits a channel, and what the file was."""
+
+    image: Image.Image
+    orientation: int  # EXIF orientation the file carried, 1..8; 1 where it had none or an invalid one
+    format: str
+
+
+class PixelBudget:
+    """Lets threads decode at the same time only while their images together stay within `pixels`.
+
+    So any number of small images decode side by side, and the largest allowed ones one after another.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._free = self._total = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+class EncodedImage:
+    """A file whose header passed the limits; `decode()` may be called once."""
+
+    def __init__(self, opened: ImageFile.ImageFile, format: str, sixteen_bit: bool) -> None:
+        self.size = opened.size
+        self.format = format
+        self._opened: ImageFile.ImageFile | None = opened
+        self._sixteen_bit = sixteen_bit
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
+
+    def decode(self) -> Picture:
+        """First frame only, upright, RGB. Raises `ImageError`."""
+        opened, self._opened = self._opened, None
+        if opened is None:
+            raise ValueError("An EncodedImage is decoded once.")
+        with _codec_errors(self.format):
+            if tiff := self.format == "tiff":
+                orientation = _orientation(opened)  # loading turns a TIFF upright and forgets its orientation
+            opened.load()
+            if not tiff:
+                orientation = _orientation(opened)  # only now: a PNG's eXIf chunk may follow the pixels
+            image = _rgb(opened, self._sixteen_bit)
+            del opened  # its pixels are not needed beside the two copies that turning takes
+            turn = None if tiff else _UPRIGHT.get(orientation)
+            return Picture(image.transpose(turn) if turn is not None else image, orientation, self.format)
+
+
+def inspect(data: bytes, limits: ImageLimits) -> EncodedImage:
+    """Read the header of `data` and hold it against `limits`. Raises `ImageError`; decodes no pixel."""
+    if not data:
+        raise ImageError("image_empty", "The image has no bytes.")
+    if len(data) > limits.max_bytes:
+        raise ImageError(
+            "image_too_many_bytes", f"The image has more than {limits.max_bytes} bytes, the most that are accepted."
+        )
+    format = _sniff(data)
+    if format is None:
+        raise ImageError(
+            "image_unsupported", f"The bytes are not an image of a known format; expected one of {', '.join(FORMATS)}."
+        )
+    if format == "jpeg" and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise ImageError("image_too_complex", f"The JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are accepted.")
+    if format == "webp" and (canvas := _webp_canvas(data)):
+        _check_pixels(canvas, limits)  # Pillow's WebP class allocates the canvas when it is made
+    with _codec_errors(format):
+        opened = _OPENERS[format](BytesIO(data))
+        _check_pixels(opened.size, limits)
+        if isinstance(opened, TiffImageFile):
+            _check_pixels((opened.tag_v2.get(322, 1), opened.tag_v2.get(323, 1)), limits)  # libtiff allocates a tile
+    return EncodedImage(opened, format, sixteen_bit=format == "png" and data[24:25] == b"\x10")
+
+
+def decode(data: bytes, limits: ImageLimits) -> Picture:
+    """`inspect` and `decode` in one, for callers that need no budget."""
+    return inspect(data, limits).decode()
+
+
+def _sniff(data: bytes) -> str | None:
+    """The format by its first bytes; the file's name and declared type are not asked."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith(b"BM"):
+        return "bmp"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "tiff"
+    return None
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """(width, height) by RFC 9649, or None where the header is cut short."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        return None
+    if chunk == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if chunk == b"VP8L":
+        bits = struct.unpack("<I", body[1:5])[0]
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<HH", body[6:10])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            "image_too_many_pixels",
+            f"The image has {width}x{height} = {width * height} pixels; at most {limits.max_pixels} are accepted.",
+        )
+
+
+@contextmanager
+def _codec_errors(format: str) -> Iterator[None]:
+    """Turn whatever a codec raises on hostile bytes into an `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    # Pillow's plug-ins raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, TypeError, ...
+    # on damaged files, and promise no list; every one of them here means the same: the file is at fault.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if "MAX_TEXT" in reason:
+            raise ImageError("image_too_complex", f"The {format} carries too much compressed text.") from error
+        cut = isinstance(error, EOFError | struct.error) or any(
+            word in reason.lower() for word in ("truncated", "unexpected end", "not enough", "broken data stream")
+        )
+        code = "image_truncated" if cut else "image_corrupt"
+        what = "ends too early" if cut else "is damaged"
+        raise ImageError(code, f"The {format} {what}: {reason}.") from error
+
+
+def _orientation(opened: Image.Image) -> int:
+    try:
+        value = opened.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels: the image is taken as it stands
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _rgb(opened: Image.Image, sixteen_bit: bool) -> Image.Image:
+    """8-bit RGB of a loaded image; each mode gets the conversion that keeps what a viewer would show."""
+    mode, transparent = opened.mode, opened.info.get("transparency")
+    if mode.startswith("I") or mode == "F":
+        return _from_wide(opened, transparent)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent is not None:
+        if sixteen_bit and isinstance(transparent, tuple):
+            # Pillow keeps the high byte of 16-bit samples but the whole of the transparent colour.
+            opened.info["transparency"] = tuple(value >> 8 for value in transparent)
+        return _on_background(opened if mode == "RGBA" else opened.convert("RGBA"))
+    if mode == "RGB":
+        return opened
+    try:
+        return opened.convert("RGB")
+    except ValueError as error:
+        raise ImageError("image_unsupported", f"Colour mode {mode} is not supported.") from error
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGB", image.size, BACKGROUND)
+    flat.paste(image, mask=image)
+    return flat
+
+
+def _from_wide(opened: Image.Image, transparent: object) -> Image.Image:
+    """Grey of 16 bits, 32 bits or float -> RGB, in strips so that no second full-size array exists.
+
+    The full scale is the smallest of 1 (floats only), 255, 65535 and 2**31 - 1 that holds the largest sample: such
+    files do not say which it is. 16-bit files always mean 65535. Negative and not-a-number samples are black.
+    """
+    width, height = opened.size
+    tops = range(0, height, STRIP_ROWS)
+
+    def strip(top: int) -> np.ndarray:  # (rows, width)
+        return np.asarray(opened.crop((0, top, width, min(top + STRIP_ROWS, height))))
+
+    if opened.mode.startswith("I;16"):
+        full_scale = 65535.0
+    else:
+        largest = max(float(np.nanmax(strip(top), initial=0.0)) for top in tops)
+        scales = [1.0] * (opened.mode == "F") + [255.0, 65535.0, 2.0**31 - 1]
+        fitting = [scale for scale in scales if largest <= scale]
+        if not fitting:
+            raise ImageError("image_unsupported", f"Samples up to {largest:g} have no known full scale.")
+        full_scale = fitting[0]
+    grey = Image.new("L", opened.size)
+    for top in tops:
+        samples = strip(top)
+        scaled = np.nan_to_num(samples.astype(np.float64)) * (255.0 / full_scale)
+        values = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        if isinstance(transparent, int):
+            values[samples == transparent] = BACKGROUND[0]
+        grey.paste(Image.fromarray(values), (0, top))
+    return grey.convert("RGB")

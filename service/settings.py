@@ -1,0 +1,109 @@
+"""Environment (`PARCHGRAD_*`) -> one frozen, validated `Settings`, read once when the service module is imported."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from service.images import PILLOW_WARNS_ABOVE, ImageLimits
+
+PREFIX = "PARCHGRAD_"
+PROJECT_ROOT = Path(__file__).resolve().parent.parent  # the checkout, or `src` inside a built bento
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+
+class SettingsError(Exception):
+    """A variable that does not hold what it must: names the variable, the value and what is allowed."""
+
+    def __init__(self, variable: str, value: str, allowed: str) -> None:
+        super().__init__(f"{variable}={value!r}: expected {allowed}.")
+
+
+def _within(default: Any, low: float, high: float, help: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+def _matching(default: str, pattern: str, allowed: str, help: str) -> Any:
+    return field(default=default, metadata={"pattern": pattern, "allowed": allowed, "help": help})
+
+
+def _switch(default: bool, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One field a variable: `max_images` is `PARCHGRAD_MAX_IMAGES`. Relative folders start at the project root."""
+
+    models_dir: Path = field(default=PROJECT_ROOT / "models", metadata={"help": "folder of model packages"})
+    tables_dir: Path = field(default=PROJECT_ROOT / "selection_tables", metadata={"help": "folder of selection tables"})
+    model: str = _matching("scenes", rf"{NAME}(/[0-9]+)?", "NAME or NAME/VERSION", "model to serve")
+    device: str = _matching("cpu", r"cpu|cuda(:[0-9]+)?", "cpu, cuda or cuda:N", "where the model runs")
+    threads: int = _within(0, 0, 1024, "torch threads of the device thread; 0 leaves torch's own choice")
+    workers: int = _within(1, 1, 64, "worker processes, each with its own model and batcher")
+    self_test: bool = _switch(True, "ready only after the golden image's map matched")
+    max_image_bytes: int = _within(20_000_000, 1, 2**31, "largest encoded image, bytes")
+    max_image_pixels: int = _within(50_000_000, 1, PILLOW_WARNS_ABOVE, "largest image, width x height")
+    max_images: int = _within(16, 1, 1000, "images a request may carry")
+    max_batch: int = _within(32, 1, 4096, "most images in one device call")
+    max_batch_pixels: int = _within(2_000_000, 1, 2**31, "most input pixels in one device call of several images")
+    max_queue: int = _within(256, 1, 1_000_000, "most images admitted and not yet answered; more get 429")
+    max_delay_ms: float = _within(0.0, 0.0, 1000.0, "how long a free device waits for a fuller batch")
+    decode_workers: int = _within(2, 1, 64, "threads that decode images")
+    timeout_ms: int = _within(30_000, 1, 3_600_000, "deadline of a request that names none")
+    max_timeout_ms: int = _within(120_000, 1, 3_600_000, "longest deadline a request may name")
+
+    def __post_init__(self) -> None:
+        if self.max_queue < self.max_images:
+            raise SettingsError(
+                f"{PREFIX}MAX_QUEUE", str(self.max_queue), f"at least {PREFIX}MAX_IMAGES={self.max_images}"
+            )
+        if self.timeout_ms > self.max_timeout_ms:
+            raise SettingsError(
+                f"{PREFIX}TIMEOUT_MS", str(self.timeout_ms), f"at most {PREFIX}MAX_TIMEOUT_MS={self.max_timeout_ms}"
+            )
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Images times bytes, plus a little for part headers and option fields."""
+        return self.max_images * (self.max_image_bytes + 4096) + 65536
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """Raises `SettingsError` on a value out of range and on a `PARCHGRAD_` variable that is no setting."""
+        known = {PREFIX + item.name.upper(): item for item in fields(cls)}
+        given = {name: text for name, text in environment.items() if name.startswith(PREFIX)}
+        for name in given:
+            if name not in known:
+                raise SettingsError(name, given[name], f"one of the settings {', '.join(sorted(known))}")
+        return cls(**{known[name].name: _parse(name, text, known[name]) for name, text in given.items()})
+
+
+def _parse(variable: str, text: str, item: Any) -> Any:
+    rules = item.metadata
+    if item.type is bool:
+        try:
+            return {"true": True, "1": True, "false": False, "0": False}[text]
+        except KeyError:
+            raise SettingsError(variable, text, "true, false, 1 or 0") from None
+    if item.type is Path:
+        if not text:
+            raise SettingsError(variable, text, "a folder")
+        return PROJECT_ROOT / text
+    if item.type is str:
+        if not re.fullmatch(rules["pattern"], text):
+            raise SettingsError(variable, text, rules["allowed"])
+        return text
+    allowed = f"{'an integer' if item.type is int else 'a number'} from {rules['low']} to {rules['high']}"
+    try:
+        value = item.type(text)
+    except ValueError:
+        raise SettingsError(variable, text, allowed) from None
+    if not rules["low"] <= value <= rules["high"]:
+        raise SettingsError(variable, text, allowed)
+    return value

@@ -1,0 +1,60 @@
+"""service/settings.py: what the environment may say."""
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from service.settings import PROJECT_ROOT, Settings, SettingsError
+
+
+def test_nothing_set_is_all_defaults() -> None:
+    settings = Settings.from_environment({"PATH": "/bin", "BENTOML_HOME": "x"})
+    assert settings == Settings()
+    assert settings.models_dir == PROJECT_ROOT / "models"
+
+
+def test_values_are_read_and_frozen() -> None:
+    settings = Settings.from_environment(
+        {"PARCHGRAD_MAX_IMAGES": "3", "PARCHGRAD_MODEL": "resnet18/2", "PARCHGRAD_MAX_DELAY_MS": "1.5",
+         "PARCHGRAD_MODELS_DIR": "/there", "PARCHGRAD_TABLES_DIR": "here", "PARCHGRAD_DEVICE": "cuda:1"}
+    )  # fmt: skip
+    assert (settings.max_images, settings.model, settings.max_delay_ms) == (3, "resnet18/2", 1.5)
+    assert (settings.models_dir, settings.tables_dir) == (Path("/there"), PROJECT_ROOT / "here")
+    with pytest.raises(FrozenInstanceError):
+        settings.max_images = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("false", False), ("0", False)])
+def test_booleans(text: str, value: bool) -> None:
+    assert Settings.from_environment({"PARCHGRAD_SELF_TEST": text}).self_test is value
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SELF_TEST", "yes", "PARCHGRAD_SELF_TEST='yes': expected true, false, 1 or 0."),
+        ("SELF_TEST", "True", "PARCHGRAD_SELF_TEST='True': expected true, false, 1 or 0."),
+        ("MAX_IMAGES", "0", "PARCHGRAD_MAX_IMAGES='0': expected an integer from 1 to 1000."),
+        ("MAX_IMAGES", "3.5", "PARCHGRAD_MAX_IMAGES='3.5': expected an integer from 1 to 1000."),
+        ("MAX_DELAY_MS", "nan", "PARCHGRAD_MAX_DELAY_MS='nan': expected a number from 0.0 to 1000.0."),
+        ("MODEL", "../x", "PARCHGRAD_MODEL='../x': expected NAME or NAME/VERSION."),
+        ("DEVICE", "gpu", "PARCHGRAD_DEVICE='gpu': expected cpu, cuda or cuda:N."),
+        ("MODELS_DIR", "", "PARCHGRAD_MODELS_DIR='': expected a folder."),
+        ("TIMEOUT_MS", "130000", "PARCHGRAD_TIMEOUT_MS='130000': expected at most PARCHGRAD_MAX_TIMEOUT_MS=120000."),
+        ("MAX_QUEUE", "4", "PARCHGRAD_MAX_QUEUE='4': expected at least PARCHGRAD_MAX_IMAGES=16."),
+    ],
+)
+def test_errors_name_variable_value_and_allowed(variable: str, value: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment({f"PARCHGRAD_{variable}": value})
+    assert str(caught.value) == message
+
+
+def test_a_variable_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(SettingsError, match="PARCHGRAD_MAX_IMAGE='3': expected one of the settings PARCHGRAD_DECODE"):
+        Settings.from_environment({"PARCHGRAD_MAX_IMAGE": "3"})
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert all(field.metadata["help"] for field in fields(Settings))
