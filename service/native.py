@@ -107,7 +107,7 @@ async def model(request: Request) -> Response:
             "method": ", ".join(options.METHODS),
             "quantile": "(0, 1]",
             "alpha": "(0, 1]",
-            "gamma": f"[0, {rule.MAX_GAMMA:g}] or inf",
+            "gamma": "[0, 1e6] or inf",
             "selection": ", ".join(SELECTIONS),
             "conserve": ", ".join(CONSERVE),
             "layers": ", ".join(engine.explainer.layer_names),
