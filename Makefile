@@ -15,6 +15,7 @@ install: $(READY)  ## create .venv with the locked dependencies
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0])'
+	@echo "Installing the locked dependencies into $(VENV): PyTorch with CUDA, several GB, a minute or more ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -24,7 +25,7 @@ demo: $(READY)  ## serve the bundled model, explain sample pictures over HTTP, w
 	$(BIN)/python -m scenes.demo --out out
 
 serve: $(READY)  ## serve the bundled model on PORT (3000)
-	@echo "Try: curl -s -H 'Accept: image/png' -F image=@picture.png http://127.0.0.1:$(PORT)/explain -o map.png"
+	@echo "Try: curl -s -H 'Accept: image/png' -F image=@out/scene_9.png http://127.0.0.1:$(PORT)/explain -o map.png"
 	$(BIN)/parchgrad serve --port $(PORT)
 
 test: $(READY) lint  ## lint, type-check and run the whole test suite

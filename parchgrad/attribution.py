@@ -12,7 +12,7 @@ from parchgrad.tables import SelectionTable
 
 
 class ParchGrad:
-    """`ParchGrad(model, table).attribute(inputs, target=...)`, like `captum.attr.Saliency`.
+    """`ParchGrad(model, table).attribute(inputs, target=...)`, as captum's attribution classes are called.
 
     The model is taken as it is at each call, its weights and device included, and left as it was.
     """

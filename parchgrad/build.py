@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import parchgrad
 from parchgrad.errors import DataError, UnknownTargetError, UnsupportedModelError
+from parchgrad.explainer import checked_device
 from parchgrad.layers import convolutions
 from parchgrad.models import Model
 from parchgrad.preprocessing import Preprocessing, read_image
 from parchgrad.runtimes.pytorch import gap_features, private_view
 from parchgrad.statistics import ClassMoments
-from parchgrad.tables import Defaults, LayerTable, SelectionTable
+from parchgrad.tables import Defaults, LayerTable, SelectionTable, check_defaults
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -78,8 +79,6 @@ def build_table(
     model: Model,
     data: str | os.PathLike[str],
     *,
-    name: str | None = None,
-    version: int = 1,
     defaults: Defaults | None = None,
     normality: bool = True,
     seed: int = 0,
@@ -92,12 +91,14 @@ def build_table(
 
     Memory does not grow with the number of images. `seed` draws the class-balanced subsample of at most
     5000 images for the normality test; `normality=False` leaves that test out. `progress(done, total)` is
-    called after each batch. Raises DataError and UnsupportedModelError.
+    called after each batch. The table has the model's name and version. Raises DataError and
+    UnsupportedModelError, and TableError for defaults that do not fit, before any work where it can.
     """
     folder = ImageFolder.scan(data, model)
+    check_defaults(model.name, defaults or Defaults(), convolutions(model.module), tested=normality)
     rows = np.array([sample.row for sample in folder.samples])
     tested = _balanced_subsample(rows, NORMALITY_IMAGES, seed) if normality else np.zeros(len(rows), bool)
-    network = GapNetwork(model.module, device)
+    network = GapNetwork(model.module, checked_device(device))
     moments: dict[str, ClassMoments] = {}
     kept: dict[str, list[NDArray[np.float32]]] = {}
     done = 0
@@ -113,15 +114,14 @@ def build_table(
         done += len(indices)
         if progress is not None:
             progress(done, len(rows))
-    enough = int(tested.sum()) >= 3
     layers = {
-        layer: LayerTable.from_moments(moments[layer], np.concatenate(kept[layer]) if enough else None)
+        layer: LayerTable.from_moments(moments[layer], np.concatenate(kept[layer]) if normality else None)
         for layer in convolutions(model.module)
         if layer in moments
     }
     return SelectionTable(
-        name=name or model.name,
-        version=str(version),
+        name=model.name,
+        version=model.version,
         model_name=model.name,
         weights_sha256=model.weights_sha256,
         labels=model.labels,
@@ -136,7 +136,7 @@ def build_table(
             "images": len(rows),
             "feature": "mean of ReLU of the convolution's output, before normalisation",
             "test": "one-sided Welch t, class against all other images",
-            "normality": {"images": int(tested.sum()), "seed": seed} if enough else None,
+            "normality": {"images": int(tested.sum()), "seed": seed} if normality else None,
         },
     )
 
@@ -144,7 +144,7 @@ def build_table(
 class GapNetwork:
     """A model that answers with the GAP features of its convolutions."""
 
-    def __init__(self, module: nn.Module, device: str | torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | None) -> None:
         self._module = private_view(module, device)
         self._device = device
         self._found: dict[str, Tensor] = {}
@@ -169,15 +169,19 @@ class GapNetwork:
         return hook
 
 
-class _Images(Dataset[tuple[int, Tensor]]):
+class _Images(Dataset[tuple[int, "Tensor | DataError"]]):
     def __init__(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> None:
         self._samples, self._preprocessing = samples, preprocessing
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, self._preprocessing.apply(read_image(self._samples[index].path))[0]
+    def __getitem__(self, index: int) -> tuple[int, Tensor | DataError]:
+        # An error raised in a worker process would arrive wrapped in that process's traceback.
+        try:
+            return index, self._preprocessing.apply(read_image(self._samples[index].path))[0]
+        except DataError as error:
+            return index, error
 
 
 def _batches(
@@ -190,6 +194,8 @@ def _batches(
     for batch in loader:
         by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for index, image in batch:
+            if isinstance(image, DataError):
+                raise image
             by_size.setdefault(image.shape, []).append((index, image))
         for group in by_size.values():
             yield np.array([index for index, _ in group]), torch.stack([image for _, image in group])
@@ -203,7 +209,7 @@ def _class_of(folder: Path, model: Model) -> int:
 
 
 def _balanced_subsample(rows: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.bool_]:
-    """At most `limit` of the images, as many of each class as the smallest share allows."""
+    """All images up to `limit`; of more, equal numbers from each class, or all of a class that has fewer."""
     if len(rows) <= limit:
         return np.ones(len(rows), bool)
     generator = np.random.default_rng(seed)

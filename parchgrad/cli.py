@@ -37,7 +37,7 @@ TABLES_DIR = click.option(
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
 
 
-class ListParameter(click.ParamType[tuple[Any, ...]]):
+class ListParameter(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.5 on
     """Comma-separated text to a tuple: of numbers, or of names."""
 
     def __init__(self, kind: type, length: int | None = None) -> None:
@@ -103,7 +103,7 @@ def model_add(
     arguments: tuple[str, ...], version: int | None, models_dir: Path,
 ) -> None:  # fmt: skip
     """Import a model as package NAME; weights are checked against the architecture first."""
-    from parchgrad.models import add_model
+    from parchgrad.models import add_model, read_lines
     from parchgrad.preprocessing import Preprocessing
 
     if resize is None and rule == "shorter_side":
@@ -112,7 +112,7 @@ def model_add(
         name,
         architecture=arch,
         weights=weights,
-        labels=labels.read_text(encoding="utf-8").splitlines(),
+        labels=read_lines(labels),
         preprocessing=Preprocessing((size, size), rule, resize, mean, std, interpolation),
         arguments=dict(_key_value(text) for text in arguments),
         models_dir=models_dir,
@@ -127,10 +127,10 @@ def model_list(models_dir: Path) -> None:
     """Names and versions of the packages in the model repository."""
     from parchgrad.versions import is_version
 
-    found = sorted(models_dir.glob("*/*/model.yaml"), key=lambda p: (p.parts[-3], p.parts[-2]))
-    for path in found:
-        if is_version(path.parent.name):
-            click.echo(f"{path.parent.parent.name} {path.parent.name}")
+    folders = [path.parent for path in models_dir.glob("*/*/model.yaml")]
+    found = sorted((f.parent.name, int(f.name)) for f in folders if is_version(f.name))
+    for name, version in found:
+        click.echo(f"{name} {version}")
     if not found:
         click.echo(f"No model packages in '{models_dir}'.", err=True)
 
@@ -163,11 +163,10 @@ def table_group() -> None:
 @click.option(
     "--data", required=True, type=FOLDER, help="Images: one folder a class, named by class name, id or index."
 )
-@click.option("--name", help="Name of the table.  [default: the model's]")
-@click.option("--version", type=int, default=1, show_default=True)
+@click.option("--force", is_flag=True, help="Replace the table if the model version has one already.")
 @click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True,
               help="Default share of a layer's channels to select.")  # fmt: skip
-@click.option("--gamma", type=click.FloatRange(min=0), default="inf", show_default=True)
+@click.option("--gamma", type=float, default="inf", show_default=True, help="A number in [0, 1e6], or inf.")
 @click.option("--layers", type=ListParameter(str), default="*", show_default=True, help="Default glob patterns.")
 @click.option("--normality/--no-normality", default=True, show_default=True, help="Run the Shapiro-Wilk test.")
 @click.option("--normality-filter/--no-normality-filter", default=False, show_default=True,
@@ -179,7 +178,7 @@ def table_group() -> None:
 @MODELS_DIR
 @TABLES_DIR
 def table_build(
-    model: str, data: Path, name: str | None, version: int, quantile: float, gamma: float,
+    model: str, data: Path, force: bool, quantile: float, gamma: float,
     layers: tuple[str, ...], normality: bool, normality_filter: bool, batch_size: int, workers: int, seed: int,
     device: str, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
@@ -190,17 +189,20 @@ def table_build(
     from parchgrad.tables import Defaults
 
     loaded = _load_model(model, models_dir)
+    folder = tables_dir / loaded.name / loaded.version
+    if folder.exists() and not force:
+        raise click.ClickException(f"'{folder}' exists already; --force replaces it.")
     with _progress("Building", "images") as progress:
         table = build_table(
-            loaded, data, name=name, version=version,
+            loaded, data,
             defaults=Defaults(quantile=quantile, gamma=gamma, layers=layers, normality_filter=normality_filter),
             normality=normality, seed=seed, batch_size=batch_size, workers=workers, device=device,
             progress=progress,
         )  # fmt: skip
-    table = table.save(tables_dir / table.name / table.version)
-    golden.record(Explainer(loaded, table, device), table.folder or tables_dir)
+    table = table.save(folder)
+    golden.record(Explainer(loaded, table, device), folder)
     _show_table(table)
-    click.echo(f"Wrote {table.folder}")
+    click.echo(f"Wrote {folder}")
 
 
 @table_group.command("show")
@@ -216,9 +218,12 @@ def table_show(table: str, tables_dir: Path) -> None:
 @cli.command("explain")
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--table", help="Selection table.  [default: the one of the model's name]")
+@click.option("--table", help="Selection table.  [default: the one of the model's name and version]")
 @click.option("--target", multiple=True, help="Class index, name or id; once, or once an image.  [default: predicted]")
-@click.option("--method", default="gradient", show_default=True)
+@click.option(
+    "--method", default="gradient", show_default=True,
+    help="gradient, input_x_gradient, integrated_gradients, smoothgrad or guided_backprop.",
+)  # fmt: skip
 @click.option("--quantile", type=float, help="[default: the table's]")
 @click.option("--alpha", type=float, help="Select by p-value instead.")
 @click.option("--gamma", type=float, help="[default: the table's]")
@@ -227,7 +232,10 @@ def table_show(table: str, tables_dir: Path) -> None:
 @click.option("--layers", type=ListParameter(str), help="Glob patterns.  [default: the table's]")
 @click.option("--plain", is_flag=True, help="Without the rule: the plain method.")
 @click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Where the overlays go.")
-@click.option("--colormap", default="inferno", show_default=True)
+@click.option("--colormap", default="inferno", show_default=True, help="As matplotlib calls it: viridis, turbo, ...")
+@click.option(
+    "--smooth", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Blur of the drawn map, pixels."
+)
 @click.option("--overlay", "mode", default="original", show_default=True, help="none, original, grayscale, mask_black.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object an image instead of the table.")
 @DEVICE
@@ -236,10 +244,14 @@ def table_show(table: str, tables_dir: Path) -> None:
 def explain(
     model: str, images: tuple[Path, ...], table: str | None, target: tuple[str, ...], method: str,
     quantile: float | None, alpha: float | None, gamma: float | None, conserve: str | None,
-    selection: str | None, layers: tuple[str, ...] | None, plain: bool, out: Path, colormap: str, mode: str,
-    as_json: bool, device: str, models_dir: Path, tables_dir: Path,
+    selection: str | None, layers: tuple[str, ...] | None, plain: bool, out: Path, colormap: str, smooth: float,
+    mode: str, as_json: bool, device: str, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
-    """Predict and explain IMAGES; writes an overlay PNG for each."""
+    """Predict and explain IMAGES; writes an overlay PNG for each.
+
+    An unreadable image is reported and the others are explained; the exit code is then 1.
+    """
+    from parchgrad.errors import DataError
     from parchgrad.evaluation.maps import gini
     from parchgrad.explainer import Explainer
     from parchgrad.preprocessing import read_image
@@ -249,12 +261,20 @@ def explain(
     if target and len(target) not in (1, len(images)):
         raise click.UsageError(f"--target is given {len(target)} times; expected once, or once for each image.")
     loaded = _load_model(model, models_dir)
-    explainer = Explainer(loaded, load_table(_named(table or loaded.name, tables_dir), loaded), device)
+    explainer = Explainer(
+        loaded, load_table(_named(table or f"{loaded.name}/{loaded.version}", tables_dir), loaded), device
+    )
     out.mkdir(parents=True, exist_ok=True)
     names = _distinct([path.stem for path in images])
     targets = [None if t == "predicted" else loaded.class_index(t) for t in target] or [None]
+    unreadable = 0
     for number, path in enumerate(images):
-        pixels, placement = loaded.preprocessing.apply(read_image(path))
+        try:
+            pixels, placement = loaded.preprocessing.apply(read_image(path))
+        except DataError as error:
+            unreadable += 1
+            click.echo(f"Error: {error}", err=True)
+            continue
         e = explainer.explain(
             pixels[None], targets[number % len(targets)], method=method, rule=not plain, quantile=quantile,
             alpha=alpha, gamma=gamma, conserve=conserve, selection=selection,
@@ -262,7 +282,7 @@ def explain(
         )  # fmt: skip
         saliency = e.saliency()[0].cpu().numpy()
         written = out / f"{names[number]}.overlay.png"
-        drawn = overlay(loaded.preprocessing.restore(pixels), saliency, colormap=colormap, mode=mode)
+        drawn = overlay(loaded.preprocessing.restore(pixels), saliency, colormap=colormap, mode=mode, smooth=smooth)
         written.write_bytes(png(drawn))
         index, probabilities = int(e.targets[0]), e.probabilities()[0]
         best = int(probabilities.argmax())
@@ -276,19 +296,21 @@ def explain(
             "overlay": str(written),
         }
         click.echo(json.dumps(result, ensure_ascii=False) if as_json else _explained_line(result))
+    if unreadable:
+        sys.exit(1)
 
 
 @cli.command("evaluate")
 @click.argument("model")
 @click.option("--data", required=True, type=FOLDER, help="Images the table has not seen, one folder a class.")
-@click.option("--table", help="Selection table.  [default: the one of the model's name]")
+@click.option("--table", help="Selection table.  [default: the one of the model's name and version]")
 @click.option("--mosaics", type=click.IntRange(4), default=100, show_default=True, help="Pictures of four images.")
 @click.option("--quantile", type=float, help="[default: the table's]")
 @click.option("--gamma", type=float, help="[default: the table's]")
 @click.option("--layers", type=ListParameter(str), help="[default: the table's]")
 @click.option("--cam-layer", help="Module for Grad-CAM, such as layer4; left out without it.")
 @click.option("--method", "only", multiple=True, help="Only this row of the table; may come several times.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the mosaics and the random channels.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the scores here."
@@ -308,7 +330,9 @@ def evaluate(
     from parchgrad.tables import load_table
 
     loaded = _load_model(model, models_dir)
-    explainer = Explainer(loaded, load_table(_named(table or loaded.name, tables_dir), loaded), device)
+    explainer = Explainer(
+        loaded, load_table(_named(table or f"{loaded.name}/{loaded.version}", tables_dir), loaded), device
+    )
     methods = standard_methods(
         explainer, cam_layer=cam_layer, seed=seed, quantile=quantile, gamma=gamma,
         layers=None if layers is None else list(layers),

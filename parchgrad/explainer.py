@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parchgrad.errors import OptionError, UnknownTargetError
+from parchgrad.errors import OptionError
+from parchgrad.labels import class_index
 from parchgrad.layers import match
 from parchgrad.methods import MANY_POINTS, points
 from parchgrad.options import Options, per_image
@@ -21,7 +21,7 @@ from parchgrad.rule import CONSERVE
 from parchgrad.runtimes import Plan
 from parchgrad.runtimes.pytorch import PyTorchRuntime, seed_score
 from parchgrad.selection import channels_of_quantile
-from parchgrad.tables import SelectionTable
+from parchgrad.tables import SelectionTable, network_of, quantile_of_layers
 
 if TYPE_CHECKING:
     from parchgrad.models import Model
@@ -84,12 +84,9 @@ class Explainer:
     ) -> None:
         self.model = model
         self.table = table
-        if isinstance(model, nn.Module):
-            module, self._labels = model, table.labels
-        else:
+        if not isinstance(model, nn.Module):
             table.check_model(model)
-            module, self._labels = model.module, model.labels
-        self._runtime = PyTorchRuntime(module, table, device)
+        self._runtime = PyTorchRuntime(network_of(model), table, checked_device(device))
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +99,7 @@ class Explainer:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits `(B, K)` of normalised images `(B, 3, h, w)`, without any of the explanation's cost."""
-        return self._runtime.predict(_checked_images(images))
+        return self._runtime.predict(self._checked_images(images))
 
     def explain(
         self,
@@ -140,7 +137,7 @@ class Explainer:
 
         A batch of mixed options gives each image what it gets alone. Raises OptionError.
         """
-        images = _checked_images(images).detach().to(self.device)
+        images = self._checked_images(images).detach().to(self.device)
         if uncovered not in ("raise", "nan"):
             raise OptionError("uncovered", uncovered, "raise, nan")
         given = {
@@ -153,6 +150,9 @@ class Explainer:
         self._check_normality(options)
         chosen = self._target_indices(targets, len(images))
         plan = self._plan(options)
+        if uncovered == "raise":
+            known = chosen >= 0  # the others are known only after the forward pass
+            self._require_covered(chosen[known], [o for o, k in zip(options, known.tolist(), strict=True) if k])
         start = torch.zeros_like(images) if baseline is None else _expanded(baseline, images)
 
         many = torch.tensor([o.method in MANY_POINTS for o in options])
@@ -163,9 +163,9 @@ class Explainer:
             parts.append((several, self._explain_over_points(images, start, chosen, options, plan, several)))
         logits, final_targets, attributions, identity, gap = _in_order(parts, len(images))
 
+        if uncovered == "raise":
+            self._require_covered(final_targets, options)
         covered = self._covered(final_targets, options)
-        if uncovered == "raise" and not bool(covered.all()):
-            self.table.rows(final_targets[~covered])  # raises, naming the classes
         attributions[~covered] = math.nan
         return Explanation(
             logits=logits,
@@ -244,10 +244,12 @@ class Explainer:
             # A batch rarely holds more than a few distinct settings; each is matched against the layers once.
             key = (o.layers, o.rule, repr(o.quantile))
             if key not in rows:
-                chosen = set(match(names, o.layers)) if o.rule else set()
-                quantiles = self.table.quantile_of_layers(o.quantile, names)
-                counts = [channels_of_quantile(q, c) for q, c in zip(quantiles, channels, strict=True)]
-                rows[key] = [name in chosen for name in names], counts
+                quantiles = quantile_of_layers(o.quantile, match(names, o.layers)) if o.rule else {}
+                active = [name in quantiles for name in names]
+                counts = [
+                    channels_of_quantile(quantiles.get(name, 1.0), c) for name, c in zip(names, channels, strict=True)
+                ]
+                rows[key] = active, counts
             return rows[key]
 
         return Plan(
@@ -264,9 +266,25 @@ class Explainer:
             probability_weighted=torch.tensor([o.seed == "probability_weighted_logit" for o in options]),
         )
 
+    def _require_covered(self, targets: Tensor, options: list[Options]) -> None:
+        covered = self._covered(targets, options)
+        if not bool(covered.all()):
+            self.table.rows(targets[~covered])  # raises, naming the classes
+
     def _covered(self, targets: Tensor, options: list[Options]) -> Tensor:
-        asks_table = torch.tensor([o.rule and o.selection == "class" for o in options]).to(targets.device)
+        asks_table = torch.tensor([o.rule and o.selection == "class" for o in options], dtype=torch.bool)
+        asks_table = asks_table.to(targets.device)
         return ~asks_table | (self.table.row_of_class.to(targets.device)[targets] >= 0)
+
+    def _checked_images(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise OptionError("images", type(images).__name__, "a torch.Tensor")
+        if images.dim() != 4 or len(images) == 0 or not images.is_floating_point():
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise OptionError("images", found, "floating point of shape (batch >= 1, channels, height, width)")
+        if images.dtype != self._runtime.dtype and not torch.is_autocast_enabled(self.device.type):
+            raise OptionError("images", images.dtype, f"{self._runtime.dtype}, as the model's weights")
+        return images
 
     def _check_normality(self, options: list[Options]) -> None:
         tested = all(layer.normality_p is not None for layer in self.table.layers.values())
@@ -283,26 +301,26 @@ class Explainer:
         return torch.tensor([self.target_index(target) for target in targets])
 
     def target_index(self, target: Target) -> int:
-        """A target's class index; -1 for the predicted class. Raises UnknownTargetError."""
-        if target is None:
+        """A target's class index; -1 for the predicted class. Raises UnknownTargetError.
+
+        A target is an index, -1 or None, or a class's name; with a model package also its class id.
+        """
+        if target is None or (isinstance(target, int) and target == -1):
             return -1
-        if isinstance(target, str) and target in self._labels:
-            return self._labels.index(target)
-        if not isinstance(target, (str, bool)):
-            try:
-                number = operator.index(target)  # NumPy's integers too, but no float
-            except TypeError:
-                number = None
-            if number is not None and -1 <= number < len(self._labels):
-                return number
-        raise UnknownTargetError("target", target, f"0..{len(self._labels) - 1}, -1 (predicted), or a class name")
+        if not isinstance(self.model, nn.Module):
+            return self.model.class_index(target)
+        return class_index(target, self.table.labels)
 
 
-def _checked_images(images: Tensor) -> Tensor:
-    if images.dim() != 4 or len(images) == 0 or not images.is_floating_point():
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise OptionError("images", found, "floating point of shape (batch >= 1, channels, height, width)")
-    return images
+def checked_device(device: str | torch.device | None) -> torch.device | None:
+    """The device, if this machine has it; None stays None. Raises OptionError."""
+    if device is None:
+        return None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError("device", str(device), "a torch device of this machine, such as cpu or cuda") from error
+    return torch.device(device)
 
 
 def _expanded(baseline: Tensor, images: Tensor) -> Tensor:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from parchgrad.errors import OptionError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def convolutions(module: nn.Module) -> dict[str, int]:
     """Name -> output channels of every convolution, in `named_modules` order (registration order)."""
-    from torch import nn
-
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {name: layer.out_channels for name, layer in module.named_modules() if isinstance(layer, kinds)}
 
@@ -29,5 +25,5 @@ def match(names: Iterable[str], patterns: Sequence[str], option: str = "layers")
     names = tuple(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(option, pattern, f"names or glob patterns of the layers {names[0]} ... {names[-1]}")
+            raise OptionError(option, pattern, f"names or glob patterns ('layer4.*') of {names[0]} ... {names[-1]}")
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parchgrad.errors import ModelError, UnknownTargetError, WeightsError
+from parchgrad.errors import ModelError, WeightsError
 from parchgrad.files import file_sha256, write_tensors
+from parchgrad.labels import class_index
 from parchgrad.preprocessing import Preprocessing
 from parchgrad.versions import is_version, resolve_version
 
@@ -53,25 +53,12 @@ class Model:
     module: nn.Module
     folder: Path
 
-    @cached_property
-    def _index_of_label(self) -> dict[str, int]:
-        names = list(enumerate(self.labels)) + list(enumerate(self.class_ids))
-        return {name: index for index, name in reversed(names)}
-
-    def class_index(self, target: int | str) -> int:
+    def class_index(self, target: object) -> int:
         """Index of a class given by index, name or class id, or by index written as text.
 
         Where two classes share a name, the name means the first. Raises UnknownTargetError.
         """
-        if isinstance(target, str):
-            if target in self._index_of_label:
-                return self._index_of_label[target]
-            if target.isascii() and target.isdigit():
-                target = int(target)
-        if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(self.labels):
-            return target
-        allowed = f"an index in 0..{len(self.labels) - 1} or a class name such as '{self.labels[0]}'"
-        raise UnknownTargetError("target", target, allowed)
+        return class_index(target, self.labels, self.class_ids)
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
@@ -135,7 +122,9 @@ def add_model(
         raise ModelError(f"Model '{name}' already has a version {number}.")
     _check_labels(name, labels)
     state = dict(weights) if isinstance(weights, Mapping) else _read_weights(Path(weights))
-    load_weights(build_network(architecture, len(labels), arguments or {}), state, name)
+    network = build_network(architecture, len(labels), arguments or {})
+    load_weights(network, state, name)
+    _check_answer(network, name, len(labels), preprocessing)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".adding-") as temporary:
         staged = Path(temporary) / str(number)
@@ -181,7 +170,9 @@ def build_network(architecture: str, classes: int, arguments: Mapping[str, Any] 
             # input transformed; weights trained without say so by `arguments: {transform_input: false}`.
             given |= {"init_weights": False, "transform_input": True}
     try:
-        network = factory(**{**given, **(arguments or {})})
+        # Weights are drawn and then overwritten: the caller's random state must not feel it.
+        with torch.random.fork_rng(devices=[]):
+            network = factory(**{**given, **(arguments or {})})
     except Exception as error:
         raise ModelError(f"Architecture '{architecture}' cannot be built: {type(error).__name__}: {error}.") from error
     if not isinstance(network, nn.Module):
@@ -221,9 +212,10 @@ def _import_factory(architecture: str) -> Any:
     module_name, _, attribute = architecture.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
         raise ModelError(
-            f"Architecture '{architecture}' cannot be imported ({error}); is its folder on the Python path?"
+            f"Architecture '{architecture}' cannot be imported ({type(error).__name__}: {error}); "
+            "is its folder on the Python path?"
         ) from error
     return factory
 
@@ -265,16 +257,34 @@ def _input_section(preprocessing: Preprocessing) -> dict[str, Any]:
 
 def _read_labels(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Class ids (none, or one a class) and names."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Labels file '{path}' cannot be read: {error}.") from error
+    lines = read_lines(path)
     _check_labels(path.name, lines)
     split = [_LABEL_WITH_ID.fullmatch(line) for line in lines]
     if all(split):
         pairs = [(m["id"] or m["wnid"], m["name"] or m["names"]) for m in split if m]
         return tuple(i for i, _ in pairs), tuple(n for _, n in pairs)
     return (), tuple(lines)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 labels file, a byte order mark left out. Raises ModelError."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Labels file '{path}' cannot be read: {error}.") from error
+
+
+def _check_answer(network: nn.Module, name: str, classes: int, preprocessing: Preprocessing) -> None:
+    """One empty image through the network: it must answer with one logit a class. Raises ModelError."""
+    try:
+        with torch.inference_mode():
+            answer = network.eval()(torch.zeros(1, 3, *preprocessing.size))
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ModelError(f"Model '{name}' fails on an image of shape (1, 3, {preprocessing.size}): {found}") from error
+    if not isinstance(answer, Tensor) or tuple(answer.shape) != (1, classes):
+        found = str(tuple(answer.shape)) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ModelError(f"Model '{name}' answers one image with {found}, expected logits of shape (1, {classes}).")
 
 
 def _check_labels(name: str, labels: Sequence[str]) -> None:
@@ -307,7 +317,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             "save its state dict alone."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"Weights file '{path.name}' cannot be read: {error}.") from error
+        found = f"{type(error).__name__} {error}".strip()
+        raise WeightsError(f"Weights file '{path.name}' is not a PyTorch state dict: {found}.") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):

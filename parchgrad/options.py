@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -121,10 +122,10 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def _number(name: str, value: object, holds: Callable[[float], bool], allowed: str) -> None:
     # NaN fails every comparison, so `holds` refuses it too.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(float(value)):
         raise OptionError(name, value, allowed)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise OptionError(name, value, f"an integer in {low}..{high}")

@@ -69,17 +69,26 @@ class Preprocessing:
         import torch
 
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        mean, std = self._statistics()
+        return (pixels - mean) / std
 
     def restore(self, pixels: Tensor) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
         """The inverse of `normalise`: `(3, h, w)` -> uint8 `(h, w, 3)`, for drawing."""
         import torch
 
-        values = pixels.cpu() * torch.tensor(self.std)[:, None, None] + torch.tensor(self.mean)[:, None, None]
+        mean, std = self._statistics()
+        values = pixels.cpu() * std + mean
         out: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]] = (
             (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
         )
         return out
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """mean and std as float32 `(3, 1, 1)` on the CPU, whatever torch's global defaults are."""
+        import torch
+
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")[..., None, None]
+        return mean, std
 
     def _fit(self, image: Image) -> tuple[Image, Placement]:
         width, height = image.size

@@ -15,7 +15,25 @@ from torch import Tensor
 
 CONSERVE = ("independent", "exact", "none")
 
-# Beyond it a finite gamma differs from infinity by less than rounding, and unconserved maps would overflow.
+
+class Conserve(NamedTuple):
+    """`conserve` of each image as two masks, `(batch,)` bool: neither is `independent`."""
+
+    exact: Tensor
+    none: Tensor
+
+    @classmethod
+    def of(cls, names: str | Sequence[str], batch: int, device: torch.device) -> Conserve:
+        """One name for all, or one an image. Raises ValueError for others than CONSERVE."""
+        each = [names] * batch if isinstance(names, str) else list(names)
+        if len(each) != batch or not set(each) <= set(CONSERVE):
+            raise ValueError(f"conserve is {names!r}; expected one of {CONSERVE}, or one for each image")
+        exact, none = torch.tensor([[n == "exact" for n in each], [n == "none" for n in each]], device=device)
+        return cls(exact, none)
+
+
+# The largest finite gamma an explanation takes: the unselected side then counts for a millionth, and unconserved
+# factors, a product over the layers, overflow. The formulas below have no such bound.
 MAX_GAMMA = 1e6
 
 # Relative to M + N: below it a variance is rounding noise, whatever the gradient's scale.
@@ -34,7 +52,7 @@ def channel_factors(
     grad: Tensor,
     selected: Tensor,
     gamma: float | Tensor,
-    conserve: str | Sequence[str] = "independent",
+    conserve: str | Sequence[str] | Conserve = "independent",
 ) -> Factors:
     """The factors `b * a` and `b` of method.md section 2, per image.
 
@@ -43,7 +61,8 @@ def channel_factors(
         selected: bool, `(batch, channels)`.
         gamma: sd of the selected side in units of the unselected side's, one number or `(batch,)`;
             infinity drops the unselected side.
-        conserve: `independent` (the paper: K taken as 0), `exact`, or `none` (b = 1); one, or one an image.
+        conserve: `independent` (the paper: K taken as 0), `exact`, or `none` (b = 1); one, or one an image,
+            by name or, to spare building them anew at every layer, as masks.
 
     An image passes unchanged (`identity`) where one side is empty and where a side that the formula
     divides by has no variance beyond rounding: `M <= 1e-12 (M + N)`; for finite gamma also
@@ -54,7 +73,9 @@ def channel_factors(
     m, n = _variance(high), _variance(low)
     gamma = torch.as_tensor(gamma, dtype=m.dtype, device=m.device).expand(m.shape)
     infinite = torch.isinf(gamma)
-    exact, none = _conserve_flags(conserve, m)
+    if not isinstance(conserve, Conserve):
+        conserve = Conserve.of(conserve, len(m), m.device)
+    exact, none = conserve
 
     a = torch.where(infinite, 1.0, gamma * torch.sqrt(n / m))
     # Both sides' weights before conservation, up to a common factor that keeps a huge gamma finite.
@@ -131,13 +152,3 @@ def _rounding(dtype: torch.dtype, channels: int) -> float:
 
 def _both_sides(selected: Tensor) -> Tensor:
     return selected.any(dim=1) & ~selected.all(dim=1)
-
-
-def _conserve_flags(conserve: str | Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-    names = [conserve] * like.shape[0] if isinstance(conserve, str) else list(conserve)
-    unknown = sorted(set(names) - set(CONSERVE))
-    if unknown or len(names) != like.shape[0]:
-        raise ValueError(f"conserve is {conserve!r}; expected one of {CONSERVE}, or one for each image")
-    exact = torch.tensor([name == "exact" for name in names], device=like.device)
-    none = torch.tensor([name == "none" for name in names], device=like.device)
-    return exact, none

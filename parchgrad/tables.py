@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from parchgrad.errors import OptionError, TableError, UncoveredTargetError
 from parchgrad.files import file_sha256, write_tensors, write_text
@@ -28,9 +28,6 @@ from parchgrad.layers import convolutions, match
 from parchgrad.rule import CONSERVE, MAX_GAMMA
 from parchgrad.statistics import ClassMoments, normality_p, ranks, welch_log_p
 from parchgrad.versions import resolve_version
-
-if TYPE_CHECKING:
-    from torch import nn
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "table.safetensors"
@@ -151,22 +148,6 @@ class SelectionTable:
             )
         return rows
 
-    def quantile_of_layers(self, quantile: Quantile, names: Sequence[str]) -> list[float]:
-        """One quantile a layer: a number for all, or by glob pattern, the first that fits deciding.
-
-        Raises OptionError for a pattern that fits no layer and for a layer that fits no pattern.
-        """
-        if not isinstance(quantile, Mapping):
-            return [float(quantile)] * len(names)
-        chosen: dict[str, float] = {}
-        for pattern, value in quantile.items():
-            for name in match(names, [pattern], option="quantile"):
-                chosen.setdefault(name, float(value))
-        missing = [name for name in names if name not in chosen]
-        if missing:
-            raise OptionError("quantile", dict(quantile), f"a value for every layer; '{missing[0]}' has none")
-        return [chosen[name] for name in names]
-
     def with_defaults(self, **changes: Any) -> SelectionTable:
         """The same rows under other defaults."""
         return replace(self, defaults=replace(self.defaults, **changes))
@@ -229,16 +210,22 @@ class SelectionTable:
         classes: int | Sequence[int],
         seed: int,
         idle_layers: Sequence[str] = (),
+        labels: Sequence[str] | None = None,
     ) -> SelectionTable:
         """The control: every class's channels in an order drawn from `seed`, of no meaning at all.
 
         `model` is a model package or a bare module; `classes` is how many, or which, class indices;
-        `idle_layers` are convolutions to leave out because they take no part in prediction.
-        The p-values are the normalised ranks; mean 0 and std 1 stand in for feature statistics.
+        `idle_layers` are convolutions to leave out because they take no part in prediction; `labels` are a
+        bare module's classes, where it has more than `classes` names. The p-values are the normalised ranks.
+        Mean 0 and std 1 stand in for feature statistics, so only class-wise selection is random.
         """
         module = network_of(model)
         indices = tuple(range(classes)) if isinstance(classes, int) else tuple(classes)
-        labels = getattr(model, "labels", None) or tuple(str(i) for i in range(max(indices) + 1))
+        if not indices:
+            raise OptionError("classes", classes, "at least one class")
+        package = None if isinstance(model, nn.Module) else model
+        if labels is None:
+            labels = package.labels if package else [str(i) for i in range(max(indices) + 1)]
         generator = np.random.default_rng(seed)
         layers = {}
         for name, channels in convolutions(module).items():
@@ -253,8 +240,8 @@ class SelectionTable:
             )
         return cls(
             name="random",
-            model_name=getattr(model, "name", ""),
-            weights_sha256=getattr(model, "weights_sha256", ""),
+            model_name=package.name if package else "",
+            weights_sha256=package.weights_sha256 if package else "",
             labels=tuple(labels),
             classes=indices,
             layers=layers,
@@ -273,10 +260,25 @@ class SelectionTable:
             self._expect(f"class {index}", mine, theirs)
 
 
+def quantile_of_layers(quantile: Quantile, names: Sequence[str]) -> dict[str, float]:
+    """Each layer's quantile: one number for all, or by glob pattern, the first that fits deciding.
+
+    Raises OptionError for a pattern that fits no layer and for a layer that fits no pattern.
+    """
+    if not isinstance(quantile, Mapping):
+        return dict.fromkeys(names, float(quantile))
+    chosen: dict[str, float] = {}
+    for pattern, value in quantile.items():
+        for name in match(names, [pattern], option="quantile"):
+            chosen.setdefault(name, float(value))
+    for name in names:
+        if name not in chosen:
+            raise OptionError("quantile", dict(quantile), f"a value for every layer; '{name}' has none")
+    return chosen
+
+
 def network_of(model: TableModel | nn.Module) -> nn.Module:
     """The network of a model package, or the bare module itself."""
-    from torch import nn
-
     return model if isinstance(model, nn.Module) else model.module
 
 
@@ -395,28 +397,30 @@ def _check_contents(table: SelectionTable) -> None:
         )
     for name, layer in table.layers.items():
         _check_layer(table, name, layer)
-    _check_defaults(table)
+    tested = all(layer.normality_p is not None for layer in table.layers.values())
+    check_defaults(table.name, table.defaults, table.layers, tested=tested)
 
 
-def _check_defaults(table: SelectionTable) -> None:
-    """The defaults must be legal options and name layers of this table: found here, not at a request."""
-    d = table.defaults
+def check_defaults(table: str, d: Defaults, names: Iterable[str], *, tested: bool) -> None:
+    """The defaults must be legal options and name layers of the table: found here, not at a request.
+
+    `tested`: whether the table holds normality tests. Raises TableError.
+    """
     try:
-        match(table.layers, d.layers)
-        table.quantile_of_layers(d.quantile, table.layer_names)
+        quantile_of_layers(d.quantile, match(names, d.layers))
         values = d.quantile.values() if isinstance(d.quantile, Mapping) else (d.quantile,)
         legal = {
             "quantile": all(0 < float(value) <= 1 for value in values),
             "gamma": 0 <= d.gamma <= MAX_GAMMA or d.gamma == math.inf,
             "conserve": d.conserve in CONSERVE,
             "selection": d.selection in SELECTIONS,
-            "normality_filter": isinstance(d.normality_filter, bool),
+            "normality_filter": isinstance(d.normality_filter, bool) and (tested or not d.normality_filter),
         }
     except (OptionError, TypeError, ValueError) as error:
-        raise TableError(f"Table '{table.name}': its defaults do not fit: {error}") from error
+        raise TableError(f"Table '{table}': its defaults do not fit: {error}") from error
     for name, fine in legal.items():
         if not fine:
-            raise TableError(f"Table '{table.name}': default {name} is {getattr(d, name)!r}, which is not allowed.")
+            raise TableError(f"Table '{table}': default {name} is {getattr(d, name)!r}, which is not allowed.")
 
 
 def _check_layer(table: SelectionTable, name: str, layer: LayerTable) -> None:

@@ -16,7 +16,9 @@ def resolve_version(path: Path, marker: str, error: type[ParchGradError]) -> Pat
         return path
     versions = [p for p in path.iterdir() if is_version(p.name) and p.is_dir()] if path.is_dir() else []
     if not versions:
-        raise error(f"'{path}' holds neither {marker} nor a numbered version folder.")
+        beside = sorted(p.parent.parent.name for p in path.parent.glob(f"*/*/{marker}"))
+        there = f" There are: {', '.join(dict.fromkeys(beside))}." if beside else ""
+        raise error(f"'{path}' holds neither {marker} nor a numbered version folder.{there}")
     newest = max(versions, key=lambda p: int(p.name))
     if not (newest / marker).is_file():
         raise error(f"'{newest}' has no {marker}.")

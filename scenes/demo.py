@@ -40,6 +40,7 @@ SCENES = (9, 13, 14, 15)
 MOSAICS = (3, 9)
 
 STARTING_TRIES = 600  # times 0.2 s
+STOPPING_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def server(port: int | None = None) -> Iterator[str]:
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait()
+        try:
+            process.wait(timeout=STOPPING_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def ask(client: httpx.Client, question: Question) -> Reply:
@@ -135,17 +140,22 @@ def main(out: Path, port: int | None) -> None:
     console = Console(width=110)
     out.mkdir(parents=True, exist_ok=True)
     asked = questions()
-    with console.status("starting the service"), server(port) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with (
+        console.status("starting the service"),
+        server(port) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
         replies = [ask(client, question) for question in asked]
     pairs = list(zip(asked, replies, strict=True))
     view = Table("picture", "target", "prediction", "probability", "on target: gradient", "ParchGrad")
     for question, reply in pairs:
+        (out / f"{question.name}.png").write_bytes(_png(question.image))
         (out / f"{question.name}.overlay.png").write_bytes(reply.overlay)
         shares = [f"{mass_share(m, question.mask):.2f}" for m in (reply.gradient, reply.parchgrad)]
         view.add_row(question.name, CLASSES[question.target], reply.prediction, f"{reply.probability:.2f}", *shares)
     contact_sheet(pairs, out / "contact_sheet.png")
     console.print(view)
-    console.print(f"{len(pairs)} overlays and contact_sheet.png are in {out}/")
+    console.print(f"{len(pairs)} pictures, their overlays and contact_sheet.png are in {out}/")
 
 
 def _drawn(question: Question, saliency: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -184,7 +194,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None:
             raise click.ClickException(f"the service stopped while starting, exit status {process.returncode}")
         try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
+            if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass

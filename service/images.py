@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
@@ -143,8 +143,11 @@ def inspect(data: bytes, limits: ImageLimits) -> EncodedImage:
         )
     if format == "jpeg" and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
         raise ImageError("image_too_complex", f"The JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are accepted.")
-    if format == "webp" and (canvas := _webp_canvas(data)):
-        _check_pixels(canvas, limits)  # Pillow's WebP class allocates the canvas when it is made
+    if format == "webp":
+        # Its animation decoder keeps two canvases: three quarters of the pixels cost what other formats' whole does.
+        limits = replace(limits, max_pixels=limits.max_pixels * 3 // 4)
+        if canvas := _webp_canvas(data):
+            _check_pixels(canvas, limits)  # Pillow's WebP class allocates the canvas when it is made
     with _codec_errors(format):
         opened = _OPENERS[format](BytesIO(data))
         _check_pixels(opened.size, limits)

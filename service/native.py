@@ -89,7 +89,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request) -> Response:
     from dataclasses import asdict
 
-    from parchgrad import options, rule
+    from parchgrad import options
     from parchgrad.rule import CONSERVE
     from parchgrad.tables import SELECTIONS
 

@@ -38,7 +38,8 @@ def server(tmp_path_factory):
 
 @pytest.mark.parametrize("line", lines_of("", "curl"), ids=lambda line: line.split()[-1])
 def test_the_curl_lines_answer(server, tmp_path, line):
-    Image.fromarray(sample("test", 0, 128).image).save(tmp_path / "picture.png")
+    (tmp_path / "out").mkdir()
+    Image.fromarray(sample("test", 9, 128).image).save(tmp_path / "out/scene_9.png")
     command = shlex.split(line.partition("#")[0].replace("http://127.0.0.1:3000", server.url))
     ran = subprocess.run([*command, "--fail-with-body"], cwd=tmp_path, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parchgrad.build import ImageFolder
+from parchgrad.errors import DataError, OptionError
 from parchgrad.evaluation import mosaics
 from parchgrad.evaluation.maps import gini, mass_share, pointing_hit
 from parchgrad.explainer import Explainer
@@ -54,8 +55,10 @@ def standard_methods(
     to the same with random channels, drawn from `seed`. Maps are `mean_abs`.
     """
     table = explainer.table
-    random = SelectionTable.random(explainer.model, table.classes, seed, idle_layers=table.idle_layers)
-    random = replace(random, labels=table.labels, defaults=table.defaults)
+    random = SelectionTable.random(explainer.model, table.classes, seed, table.idle_layers, table.labels)
+    # The table's own but for the order: what is tested is the order alone.
+    layers = {n: replace(table.layers[n], rank=r.rank, log_p=r.log_p) for n, r in random.layers.items()}
+    random = replace(random, layers=layers, defaults=table.defaults)
     control = Explainer(explainer.model, random, explainer.device)
     methods = {
         "gradient": _maps(explainer, rule=False),
@@ -76,10 +79,14 @@ def grad_cam(explainer: Explainer, layer: str) -> Maps:
     from parchgrad.runtimes.pytorch import private_view
 
     module = private_view(network_of(explainer.model), explainer.device)
-    cam = LayerGradCam(module, module.get_submodule(layer))
+    try:
+        cam = LayerGradCam(module, module.get_submodule(layer))
+    except AttributeError as error:
+        raise OptionError("cam_layer", layer, "the dotted name of a module of the model") from error
 
     def maps(images: Tensor, targets: list[int]) -> Tensor:
-        coarse = cam.attribute(images.clone().requires_grad_(), torch.tensor(targets), relu_attributions=True)
+        here = images.to(explainer.device, copy=True).requires_grad_()
+        coarse = cam.attribute(here, torch.tensor(targets, device=here.device), relu_attributions=True)
         full: Tensor = LayerAttribution.interpolate(coarse, images.shape[2:], "bilinear")
         return full[:, 0].detach()
 
@@ -92,6 +99,11 @@ def mosaics_of(folder: ImageFolder, preprocessing: Preprocessing, count: int, se
     Made when asked for, so that memory does not grow with their number.
     """
     rows = np.array([sample.row for sample in folder.samples])
+    if len(folder.classes) < 4:
+        raise DataError(f"'{folder.root}' holds {len(folder.classes)} classes; a mosaic needs 4.")
+    if preprocessing.rule == "native":
+        # Images of one size fit together; the model takes any.
+        preprocessing = replace(preprocessing, rule="stretch")
     indices, quarters = mosaics.draw(rows, count, seed)
 
     def picture(number: int) -> Picture:

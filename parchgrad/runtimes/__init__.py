@@ -53,6 +53,11 @@ class Runtime(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the images."""
+        ...
+
     def predict(self, images: Tensor) -> Tensor:
         """Logits `(B, K)` of normalised images `(B, 3, h, w)`; nothing is kept for a gradient."""
         ...
@@ -60,7 +65,7 @@ class Runtime(Protocol):
     def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
         """One forward and one backward pass; a target of -1 means the predicted class.
 
-        Raises UncoveredTargetError is not its business: an image whose target has no row in the table
-        passes unchanged through class-wise layers; the caller decides what that means.
+        An image whose target has no row in the table passes unchanged through class-wise layers; what that
+        means is for the caller to decide.
         """
         ...

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from types import CellType
 
 import torch
 from torch import Tensor, nn
 
 from parchgrad.errors import UnsupportedModelError
-from parchgrad.rule import CONSERVE, apply_factors, channel_factors
+from parchgrad.rule import CONSERVE, Conserve, apply_factors, channel_factors
 from parchgrad.runtimes import Gradients, Plan
 from parchgrad.selection import by_class, by_instance
 from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
@@ -27,7 +28,8 @@ class PyTorchRuntime:
     def __init__(self, module: nn.Module, table: SelectionTable, device: str | torch.device | None = None) -> None:
         table.check_layers(module)
         self._module = private_view(module, device)
-        self._device = next((p.device for p in self._module.parameters()), torch.device(device or "cpu"))
+        weights = next(p for p in self._module.parameters() if p.is_floating_point())
+        self._device, self._dtype = weights.device, weights.dtype
         self._table = table
         self._layers = {name: _on_device(layer, self._device) for name, layer in table.layers.items()}
         self._current = threading.local()
@@ -41,6 +43,10 @@ class PyTorchRuntime:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     def predict(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -101,7 +107,7 @@ class _Pass:
             "active": plan.active.to(device),
             "count": plan.count.to(device),
         }
-        self._conserve = [CONSERVE[i] for i in plan.conserve.tolist()]
+        self._conserve = Conserve.of([CONSERVE[i] for i in plan.conserve.tolist()], len(plan), device)
         self._index = {name: i for i, name in enumerate(layers)}
         self._active_layers = {n for n, used in zip(layers, plan.active.any(dim=0).tolist(), strict=True) if used}
         self._any_instance = bool(plan.instance.any())
@@ -168,7 +174,10 @@ def private_view(module: nn.Module, device: str | torch.device | None = None) ->
     """A copy of the module tree over the same weights: eval mode, frozen, free to be hooked.
 
     Parameters and buffers alias the originals' storage (until moved to another device), so no memory is
-    spent and in-place updates of the original show here; flags, hooks and `.grad` are the view's own.
+    spent and in-place updates of the original show here; flags and `.grad` are the view's own. Forward hooks
+    are part of what a model computes and come along as they are now; backward hooks would alter the
+    explanation and do not. Raises UnsupportedModelError where a copy would not be the model: a module that
+    cannot be copied, or reaches another through a function's closure, which goes on meaning the original.
     """
     tensors: dict[int, object] = {id(b): b.detach() for b in module.buffers()}
     tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
@@ -178,8 +187,21 @@ def private_view(module: nn.Module, device: str | torch.device | None = None) ->
         raise UnsupportedModelError(
             f"The model's modules cannot be copied: {type(error).__name__}: {error}."
         ) from error
+    for name, part in view.named_modules():
+        part._backward_hooks.clear()
+        part._backward_pre_hooks.clear()
+        for attribute, value in vars(part).items():
+            if _closes_over_a_module(value):
+                raise UnsupportedModelError(
+                    f"Attribute '{attribute}' of module '{name}' is a function with another module in its closure."
+                )
     view.eval().requires_grad_(False)
     return view if device is None else view.to(device)
+
+
+def _closes_over_a_module(value: object) -> bool:
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
+    return any(isinstance(getattr(held, "__self__", held), nn.Module) for held in cells)
 
 
 def gap_features(output: Tensor) -> Tensor:

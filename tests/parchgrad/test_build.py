@@ -1,6 +1,7 @@
 """Building a table: a tiny folder of images gives, layer by layer, what SciPy gives on features taken one by one."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from parchgrad.build import build_table
-from parchgrad.errors import DataError, ModelError, UnsupportedModelError
+from parchgrad.errors import DataError, ModelError, TableError, UnsupportedModelError
 from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing
@@ -98,12 +99,33 @@ def test_table_equals_the_oracle(model, data, batch_size):
 
 def test_the_built_table_is_the_models_and_survives_saving(model, data, tmp_path):
     defaults = Defaults(quantile=0.3, gamma=4.0)
-    table = build_table(model, data, name="mine", version=7, defaults=defaults).save(tmp_path / "mine" / "7")
+    table = build_table(model, data, defaults=defaults).save(tmp_path / "mine" / "7")
     loaded = load_table(tmp_path / "mine", model=model)
-    assert (loaded.name, loaded.version, loaded.defaults) == ("mine", "7", defaults)
+    assert (loaded.name, loaded.version, loaded.defaults) == (model.name, model.version, defaults)
     images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     one = Explainer(model, table).explain(images, [0, 3])
     assert torch.equal(one.attributions, Explainer(model, loaded).explain(images, [0, 3]).attributions)
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [Defaults(layers=("nosuch",)), Defaults(gamma=1e7), Defaults(normality_filter=True)],
+    ids=["layers", "gamma", "filter-without-test"],
+)
+def test_defaults_that_do_not_fit_are_refused_before_any_image_is_read(model, data, defaults):
+    calls = []
+    with pytest.raises(TableError, match="default"):
+        build_table(model, data, defaults=defaults, normality=False, progress=lambda *done: calls.append(done))
+    assert not calls
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named_in_one_line(model, data, tmp_path, workers):
+    copied = shutil.copytree(data, tmp_path / "data")
+    bad = next(p for p in sorted(copied.rglob("*")) if p.is_file())
+    bad.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=f"^Image '.*{bad.name}' cannot be read: [^\\n]*$"):
+        build_table(model, copied, workers=workers)
 
 
 def test_building_twice_gives_the_same_table(model, data):

@@ -66,6 +66,15 @@ def test_table_build_says_what_it_made(project):
     ]
 
 
+def test_a_table_is_not_replaced_unasked(project):
+    root, where, _ = project
+    before = (root / "tables/tiny/1/manifest.json").read_bytes()
+    result = invoke("table", "build", "tiny", "--data", root / "images", *where)
+    assert result.exit_code == 1
+    assert "exists already; --force replaces it" in result.output
+    assert (root / "tables/tiny/1/manifest.json").read_bytes() == before
+
+
 def test_model_list_and_show(project):
     _, where, _ = project
     assert output("model", "list", *where[:2]) == "tiny 1\n"
@@ -106,6 +115,15 @@ def test_images_of_one_name_do_not_overwrite_each_others_overlay(project, tmp_pa
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_an_unreadable_image_leaves_the_others_explained(project, tmp_path):
+    root, where, _ = project
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    result = invoke("explain", "tiny", tmp_path / "bad.png", root / "images/disc/0.png", "--out", tmp_path, *where)
+    assert result.exit_code == 1
+    assert "bad.png' cannot be read" in result.stderr
+    assert (tmp_path / "0.overlay.png").exists()
+
+
 def test_evaluate_prints_the_comparison_and_writes_it(project, tmp_path):
     root, where, _ = project
     written = tmp_path / "scores.json"
@@ -137,7 +155,7 @@ def test_a_wrong_row_is_refused_with_the_rows_there_are(project):
         (("model", "show", "absent"), "holds neither model.yaml nor a numbered version folder"),
         (("explain", "tiny", "IMAGE", "--target", "unicorn"), "'unicorn'; allowed: an index in 0..3"),
         (("explain", "tiny", "IMAGE", "--quantile", "2"), "Option 'quantile' is 2.0; allowed: a number in"),
-        (("table", "build", "tiny", "--data", "EMPTY"), "holds no folders of images"),
+        (("table", "build", "tiny", "--data", "EMPTY", "--force"), "holds no folders of images"),
     ],
     ids=["no-model", "no-such-class", "bad-option", "no-images"],
 )

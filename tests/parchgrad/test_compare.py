@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parchgrad.build import ImageFolder
+from parchgrad.build import ImageFolder, build_table
+from parchgrad.errors import OptionError
 from parchgrad.evaluation.compare import Picture, compare, grad_cam, mosaics_of, standard_methods
 from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing, read_image
+from parchgrad.tables import Defaults
 from tests.oracles.tolerance import assert_close, assert_each_close, relative_l2
 from tests.parchgrad.networks import batch, build, table_for
 from tests.parchgrad.test_build import write_images
@@ -159,3 +161,22 @@ def test_mosaics_need_four_classes(folder, tiny_model):
     few = dataclasses.replace(folder, samples=tuple(s for s in folder.samples if s.row < 3))
     with pytest.raises(ValueError, match="at least 4 classes, got 3"):
         mosaics_of(few, tiny_model.preprocessing, 8, seed=0)
+
+
+def test_native_images_of_different_sizes_fit_into_one_mosaic(folder, tiny_model):
+    native = dataclasses.replace(tiny_model.preprocessing, rule="native", min_side=8, max_side=64)
+    assert mosaics_of(folder, native, 4, seed=0)[0].image.shape == (3, 24, 20)
+
+
+def test_the_control_follows_a_table_with_a_normality_filter(tmp_path, tiny_model):
+    for seed, label in enumerate(("cat", "dog", "tree")):
+        write_images(tmp_path / label, 3, seed)
+    table = build_table(tiny_model, tmp_path, defaults=Defaults(normality_filter=True))
+    methods = standard_methods(Explainer(tiny_model, table))
+    assert methods["ParchGrad, random channels"](torch.randn(2, 3, 12, 10), [0, 1]).isfinite().all()
+
+
+def test_a_wrong_grad_cam_layer_is_refused():
+    model = build()
+    with pytest.raises(OptionError, match="Option 'cam_layer' is 'nowhere'"):
+        grad_cam(Explainer(model, table_for(model)), "nowhere")

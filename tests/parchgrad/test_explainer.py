@@ -249,7 +249,8 @@ TARGETS = {
     "nan": math.nan,
     "nested": [[1], 1, 1],
     "float-tensor": torch.tensor([1.5, 1.0, 1.0]),
-    "number-as-text": "1",
+    "number-too-large-as-text": "5",
+    "negative-as-text": "-1",
     "object": [object()] * 3,
 }
 
@@ -259,7 +260,8 @@ def test_an_unknown_target_is_refused(target):
     model = build()
     explainer = Explainer(model, table_for(model))
     with pytest.raises(
-        UnknownTargetError, match=r"^Option 'target' is .*; allowed: 0\.\.4, -1 \(predicted\), or a class name\.$"
+        UnknownTargetError,
+        match=r"^Option 'target' is .*; allowed: an index in 0\.\.4 or a class name, such as 'class 0'\.$",
     ):
         explainer.explain(batch(3), target)
 
@@ -827,3 +829,56 @@ def test_the_table_is_not_ignored():
     images = batch(1)
     one, other = (Explainer(model, table_for(model, seed=s)).explain(images, 1).attributions for s in (0, 50))
     assert relative_l2(one, other) > 0.05
+
+
+def test_a_backward_hook_of_the_callers_is_not_the_explanations():
+    """It may zero every gradient, for the caller; the explanation is that of the model without it."""
+    model = build()
+    explainer = Explainer(model, table_for(model))
+    expected = explainer.explain(batch(2), [0, 3]).attributions
+    model.join.register_full_backward_hook(lambda _, grads, __: tuple(torch.zeros_like(g) for g in grads))
+    assert_close(Explainer(model, table_for(model)).explain(batch(2), [0, 3]).attributions, expected, 0.0)
+
+
+def test_a_module_reached_through_a_closure_is_refused():
+    """The copy's function would go on calling the caller's own module, in the caller's training mode."""
+    model = build()
+    norm = torch.nn.BatchNorm2d(3)
+    model.act = lambda x: torch.relu(norm(x))
+    with pytest.raises(UnsupportedModelError, match="Attribute 'act' of module '' is a function with another module"):
+        Explainer(model, table_for(model))
+
+
+def test_a_schedule_need_only_name_the_layers_the_rule_acts_on():
+    model = build()
+    explainer = Explainer(model, table_for(model))
+    one = explainer.explain(batch(2), [0, 3], layers="join", quantile={"join": 0.5})
+    assert_close(one.attributions, explainer.explain(batch(2), [0, 3], layers="join", quantile=0.5).attributions, 0.0)
+
+
+def test_numbers_may_be_numpys():
+    model = build()
+    explainer = Explainer(model, table_for(model))
+    mine = explainer.explain(batch(1), np.int64(2), quantile=np.float64(0.5), gamma=np.float32(2))
+    assert_close(mine.attributions, explainer.explain(batch(1), 2, quantile=0.5, gamma=2.0).attributions, 0.0)
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(device):
+    model = build()
+    with pytest.raises(OptionError, match=f"Option 'device' is '{device}'"):
+        Explainer(model, table_for(model), device)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 8, 8)), "'ndarray'; allowed: a torch.Tensor"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.float16), "float16; allowed: torch.float64, as the model's weights"),
+    ],
+    ids=["numpy", "half"],
+)
+def test_images_of_another_type_are_refused(images, message):
+    model = build()
+    with pytest.raises(OptionError, match=message):
+        Explainer(model, table_for(model)).explain(images)

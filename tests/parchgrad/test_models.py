@@ -331,7 +331,7 @@ def test_labels_may_carry_class_ids(tmp_path, weights, labels):
 @pytest.mark.parametrize("target", ["horse", 4, -1, "4", "-1", True, None, 1.0], ids=repr)
 def test_an_unknown_class_is_refused(package, target):
     with pytest.raises(
-        UnknownTargetError, match=r"Option 'target' is .*; allowed: an index in 0\.\.3 or a class name such as 'cat'"
+        UnknownTargetError, match=r"Option 'target' is .*; allowed: an index in 0\.\.3 or a class name, such as 'cat'"
     ):
         load_model(package).class_index(target)
 
@@ -460,3 +460,32 @@ def test_normalise_and_restore_are_inverse():
 def test_only_rgb_is_taken(mode):
     with pytest.raises(ModelError, match=f"RGB image, got mode {mode}"):
         INPUT.apply(Image.new(mode, (60, 60)))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("seven_outputs", r"answers one image with \(1, 7\), expected logits of shape \(1, 4\)"),
+        ("grey", "fails on an image"),
+    ],
+)
+def test_a_network_that_does_not_answer_is_not_added(tmp_path, factory, message):
+    architecture = f"tests.parchgrad.factories:{factory}"
+    with pytest.raises(ModelError, match=message):
+        add_model(
+            "odd",
+            architecture=architecture,
+            weights=build_network(architecture, 4).state_dict(),
+            labels=["a", "b", "c", "d"],
+            preprocessing=Preprocessing(size=(16, 16), rule="stretch"),
+            models_dir=tmp_path,
+        )
+    assert not list(tmp_path.rglob("model.yaml"))
+
+
+def test_building_a_network_leaves_the_callers_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    build_network("squeezenet1_1", 4)
+    assert torch.equal(torch.rand(1), expected)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from parchgrad.errors import OptionError, TableError, UncoveredTargetError
 from parchgrad.selection import by_class, by_instance, channels_of_quantile
 from parchgrad.statistics import ClassMoments
-from parchgrad.tables import Defaults, LayerTable, SelectionTable, load_table
+from parchgrad.tables import Defaults, LayerTable, SelectionTable, load_table, quantile_of_layers
 from tests.oracles import selection
 from tests.oracles.tolerance import assert_close
 from tests.parchgrad.networks import build, layer_table, table_for
@@ -126,12 +126,28 @@ def test_rows_follow_the_targets_one_by_one():
 
 
 def test_a_quantile_schedule_takes_the_first_glob_that_fits():
-    table = table_for(build())
     names = ["stem", "left", "right", "join"]
-    assert table.quantile_of_layers({"l*": 0.5, "join": 0.3, "*": 0.1}, names) == [0.1, 0.5, 0.1, 0.3]
-    assert table.quantile_of_layers(0.2, names) == [0.2] * 4
+    chosen = quantile_of_layers({"l*": 0.5, "join": 0.3, "*": 0.1}, names)
+    assert chosen == {"stem": 0.1, "left": 0.5, "right": 0.1, "join": 0.3}
+    assert quantile_of_layers(0.2, names) == dict.fromkeys(names, 0.2)
     with pytest.raises(OptionError, match="a value for every layer; 'stem' has none"):
-        table.quantile_of_layers({"l*": 0.5}, names)
+        quantile_of_layers({"l*": 0.5}, names)
+
+
+@pytest.mark.parametrize(
+    ("quantile", "channels", "expected"),
+    [
+        (0.29, 100, 29),
+        (0.58, 50, 29),
+        (float(np.float32(0.7)), 10, 7),
+        (0.1, 9, 1),
+        (1e-9, 512, 1),
+        (1.0, 7, 7),
+        (0.999, 512, 511),
+    ],
+)
+def test_a_quantile_counts_as_the_decimal_it_was_written_as(quantile, channels, expected):
+    assert channels_of_quantile(quantile, channels) == expected
 
 
 def test_random_tables_are_seeded_orders_without_meaning():

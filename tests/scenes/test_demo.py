@@ -26,7 +26,10 @@ def test_the_demonstration_writes_an_overlay_a_picture_and_one_contact_sheet(tmp
     assert ran.returncode == 0, ran.stdout + ran.stderr
     names = [q.name for q in questions()]
     assert len(names) == len(SCENES) + 2 * len(MOSAICS)
-    assert {p.name for p in tmp_path.iterdir()} == {"contact_sheet.png", *(f"{name}.overlay.png" for name in names)}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "contact_sheet.png",
+        *(f"{name}{kind}" for name in names for kind in (".png", ".overlay.png")),
+    }
     for question in questions():
         assert question.name in ran.stdout
         with Image.open(tmp_path / f"{question.name}.overlay.png") as drawn:

@@ -1,0 +1,38 @@
+"""Naming a class: by index, or by one of its names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from parchgrad.errors import UnknownTargetError
+
+
+def class_index(target: object, *names: Sequence[str]) -> int:
+    """Index of the class `target`: an integer (NumPy's too), a name, or an index written as text.
+
+    `names` are one or more lists with a name for each class, asked in turn; where two classes share a name it
+    means the first. A name that looks like an index is a name. Raises UnknownTargetError.
+    """
+    if isinstance(target, str):
+        for column in names:
+            if target in column:
+                return column.index(target)
+        number = int(target) if target.isascii() and target.isdigit() else -1
+    else:
+        number = _integer(target)
+    if 0 <= number < len(names[0]):
+        return number
+    raise UnknownTargetError(
+        "target", target, f"an index in 0..{len(names[0]) - 1} or a class name, such as {names[0][0]!r}"
+    )
+
+
+def _integer(value: object) -> int:
+    """The value as an index, -1 if it is none: no bool, no float, whatever its value."""
+    if isinstance(value, bool):
+        return -1
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return -1
