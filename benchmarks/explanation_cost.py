@@ -36,7 +36,10 @@ def rows(architecture: str, size: int, batch: int) -> dict[str, Callable[[], obj
     captum = Saliency(network)
     return {
         "predict": lambda: explainer.predict(images),
-        "captum Saliency + predict": lambda: (network(images), captum.attribute(images, torch.tensor(targets))),
+        "captum Saliency + predict": lambda: (
+            network(images),
+            captum.attribute(images.clone().requires_grad_(), torch.tensor(targets)),
+        ),
         "gradient": lambda: explainer.explain(images, targets, rule=False),
         "ParchGrad, q = 0.1": lambda: explainer.explain(images, targets),
         "ParchGrad, gamma = 3": lambda: explainer.explain(images, targets, gamma=3.0),

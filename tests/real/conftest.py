@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from parchgrad.cli import cli
@@ -56,14 +55,6 @@ def repository(real_model, tmp_path_factory):
     run([*add, *made.arguments[:2]])
     build = ["table", "build", real_model, "--data", str(DATA / "imagenette" / "train"), "--no-normality"]
     return Repository(root, run([*build, *made.arguments]))
-
-
-@pytest.fixture(autouse=True)
-def both_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(arguments):
