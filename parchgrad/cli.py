@@ -20,7 +20,6 @@ from parchgrad.errors import ParchGradError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from parchgrad.evaluation.compare import Score
     from parchgrad.models import Model
     from parchgrad.tables import SelectionTable
 
@@ -324,8 +323,11 @@ def evaluate(
     json_file: Path | None, device: str, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
     """Compare methods on mosaics of four images of different classes (chance: mass and hits 0.25)."""
+    from rich.console import Console
+
     from parchgrad.build import ImageFolder
     from parchgrad.evaluation.compare import compare, mosaics_of, standard_methods
+    from parchgrad.evaluation.report import score_table
     from parchgrad.explainer import Explainer
     from parchgrad.tables import load_table
 
@@ -343,7 +345,7 @@ def evaluate(
     pictures = mosaics_of(ImageFolder.scan(data, loaded), loaded.preprocessing, mosaics, seed)
     with _progress("Evaluating", "maps") as progress:
         scores = compare(methods, pictures, batch_size=batch_size, progress=progress)
-    _show_scores(scores)
+    Console().print(score_table(scores, f"{len(pictures)} mosaics; chance 0.25"))
     if json_file is not None:
         json_file.write_text(json.dumps([dataclasses.asdict(s) for s in scores], indent=1) + "\n", encoding="utf-8")
 
@@ -431,18 +433,6 @@ def _show_table(table: SelectionTable) -> None:
     click.echo(f"defaults      {table.defaults}")
     click.echo(f"built         {json.dumps(table.built, ensure_ascii=False)}")
     click.echo(f"table_sha256  {table.table_sha256}")
-
-
-def _show_scores(scores: list[Score]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table("method", "mass", "hits", "Gini", title=f"{scores[0].pictures} pictures")
-    for s in scores:
-        view.add_row(
-            s.method, f"{s.mass:.3f} ± {s.mass_error:.3f}", f"{s.hits:.3f} ± {s.hits_error:.3f}", f"{s.gini:.2f}"
-        )
-    Console().print(view)
 
 
 def _explained_line(result: dict[str, Any]) -> str:

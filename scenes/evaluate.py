@@ -11,32 +11,21 @@ from functools import partial
 from pathlib import Path
 
 import click
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
-from parchgrad.evaluation.compare import LazyPictures, Picture, Score, compare, standard_methods
+from parchgrad.evaluation.compare import LazyPictures, Picture, compare, standard_methods
 from parchgrad.evaluation.mosaics import quarter_mask
+from parchgrad.evaluation.report import score_table
 from parchgrad.explainer import Explainer
 from parchgrad.models import Model, load_model
 from parchgrad.tables import load_table
 from scenes.generator import mosaic, sample
+from scenes.train import accuracy
 
 CAM_LAYER = "features"
 ACCURACY_SCENES = 1000
-
-
-def accuracy(model: Model, count: int, size: int) -> float:
-    """Share of the first `count` held-out scenes that are classified correctly."""
-    right = 0
-    with torch.inference_mode():
-        for index in range(count):
-            scene = sample("test", index, size)
-            logits = model.module(model.preprocessing.normalise(Image.fromarray(scene.image))[None])
-            right += int(logits.argmax()) == scene.label
-    return right / count
 
 
 def mosaics(model: Model, count: int, size: int) -> LazyPictures:
@@ -76,8 +65,10 @@ def main(count: int, json_file: Path | None) -> None:
     areas = [float(p.mask.mean()) for p in singles(model, count, 128)]
     for kind, scores in figures.items():
         chance = "0.25" if kind == "mosaics" else f"{sum(areas) / count:.2f}"
-        console.print(_view(f"{count} held-out {kind}; chance {chance}", scores))
-    console.print(f"accuracy on {ACCURACY_SCENES} held-out scenes: {accuracy(model, ACCURACY_SCENES, 128):.3f}")
+        console.print(score_table(scores, f"{count} held-out {kind}; chance {chance}"))
+    console.print(
+        f"accuracy on {ACCURACY_SCENES} held-out scenes: {accuracy(model.module, 'test', ACCURACY_SCENES):.3f}"
+    )
     if json_file is not None:
         plain = {kind: [dataclasses.asdict(s) for s in scores] for kind, scores in figures.items()}
         json_file.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
@@ -85,15 +76,6 @@ def main(count: int, json_file: Path | None) -> None:
 
 def _show_progress(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
-
-
-def _view(title: str, scores: list[Score]) -> Table:
-    view = Table("method", "mass", "hits", "Gini", title=title)
-    for s in scores:
-        view.add_row(
-            s.method, f"{s.mass:.3f} ± {s.mass_error:.3f}", f"{s.hits:.3f} ± {s.hits_error:.3f}", f"{s.gini:.2f}"
-        )
-    return view
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def server(tmp_path_factory):
         yield running
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("line", lines_of("", "curl"), ids=lambda line: line.split()[-1])
 def test_the_curl_lines_answer(server, tmp_path, line):
     (tmp_path / "out").mkdir()
