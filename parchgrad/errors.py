@@ -38,7 +38,9 @@ class OptionError(ParchGradError):
     """
 
     def __init__(self, option: str, value: object, allowed: str) -> None:
-        super().__init__(f"Option '{option}' is {value!r}; allowed: {allowed}.")
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        super().__init__(f"Option '{option}' is {shown}; allowed: {allowed}.")
         self.option = option
         self.value = value
         self.allowed = allowed

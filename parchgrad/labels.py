@@ -18,7 +18,8 @@ def class_index(target: object, *names: Sequence[str]) -> int:
         for column in names:
             if target in column:
                 return column.index(target)
-        number = int(target) if target.isascii() and target.isdigit() else -1
+        # Bounded in length: int() itself refuses thousands of digits with a ValueError.
+        number = int(target) if target.isascii() and target.isdigit() and len(target) <= 18 else -1
     else:
         number = _integer(target)
     if 0 <= number < len(names[0]):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 JSON, PNG, NPZ = "application/json", "image/png", "application/x-npz"
 MEDIA_TYPES = (JSON, PNG, NPZ)
 DEFAULT_TOP_K = 5
+MAX_LIST_VALUES = 300_000  # one map of 512 x 512
 SMOOTH = 0.008  # of the picture's longer side: the map of single pixels is hard to see on a photograph
 
 Array = np.ndarray[Any, Any]
@@ -76,16 +77,31 @@ def encode(engine: Engine, outcomes: Sequence[Outcome | ServiceError], media_typ
     So a request with several images, all of them bad, is answered 200 with an error for each.
     """
     start = time.perf_counter()
-    if len(outcomes) == 1 and isinstance(outcomes[0], ServiceError):
-        raise outcomes[0]
+    errors = [one for one in outcomes if isinstance(one, ServiceError)]
+    late = len(errors) == len(outcomes) and all(one.code == "deadline_exceeded" for one in errors)
+    if errors and (len(outcomes) == 1 or late):
+        raise errors[0]
     if media_type == PNG:
         content = _png(engine, outcomes[0])
     elif media_type == NPZ:
         content = _npz(outcomes)
     else:
+        _check_lists(outcomes)
         content = _json(engine, outcomes, explain)
     metrics.render_seconds.observe(time.perf_counter() - start)
     return content
+
+
+def _check_lists(outcomes: Sequence[Outcome | ServiceError]) -> None:
+    """`saliency=list` costs a hundred times the binary forms. Raises ServiceError beyond MAX_LIST_VALUES."""
+    listed = [one for one in outcomes if isinstance(one, Outcome) and one.request.asked.saliency == "list"]
+    values = sum(result.saliency.size for one in listed for result in one.results if result.saliency is not None)
+    if values > MAX_LIST_VALUES:
+        raise ServiceError(
+            "option_invalid",
+            f"Option 'saliency' is 'list' for maps of {values} values; allowed: {MAX_LIST_VALUES} in all, "
+            "or a binary form: uint8, float16, float32.",
+        )
 
 
 def identity(engine: Engine) -> ModelIdentity:

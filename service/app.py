@@ -23,6 +23,7 @@ from service import metrics, native, openapi, protocol
 from service.errors import LIBRARY_CODES, ServiceError, from_exception
 
 log = logging.getLogger(__name__)
+access_log = logging.getLogger("bentoml.parchgrad.access")  # beneath BentoML's logger, which has the handlers
 
 BENTOML_ROUTES = ("/livez", "/readyz", "/healthz")
 OTHER = "other"  # route label of every path that is none of ours: callers choose paths
@@ -82,14 +83,28 @@ class Envelope:
         route, start = self._template(scope), time.perf_counter()
         request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
         status = 500
+        unread = _has_body(Headers(scope=scope))
         replacement: bytes | None = None  # the body to send instead of a plain-text error's
+
+        async def received() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and bool(message.get("more_body", False))
+            return message
 
         async def enveloped(message: Message) -> None:
             nonlocal status, replacement
             if message["type"] == "http.response.start":
-                status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
+                if message["status"] == 307:
+                    # BentoML's router redirects /predict/ to whatever host the caller named; we redirect nobody.
+                    message = {**message, "status": 404}
+                    del headers["location"]
+                    headers["content-type"] = "text/plain"
+                status = message["status"]
                 headers["X-Request-Id"] = request_id
+                if unread:  # uvicorn would read, and throw away, whatever the caller goes on sending
+                    headers["Connection"] = "close"
                 if status >= 400 and headers.get("content-type", "").startswith("text/plain"):
                     error = _from_status(scope["path"], status)
                     metrics.rejects.labels(error.code).inc()
@@ -104,14 +119,17 @@ class Envelope:
 
         metrics.in_flight.inc()
         try:
-            await self._app(scope, receive, enveloped)
+            await self._app(scope, received, enveloped)
         except Exception:
             # Starlette has answered 500 and raised on; raising further would make uvicorn close the connection.
             log.exception("Request %s failed for a reason of ours.", request_id)
         finally:
             metrics.in_flight.dec()
             metrics.requests.labels(route, str(status)).inc()
-            metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            metrics.request_seconds.labels(route).observe(seconds)
+            # %r: what a caller sends must not begin a line of its own.
+            access_log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status, 1000 * seconds, request_id)
 
     def _template(self, scope: Scope) -> str:
         if scope["path"] in BENTOML_ROUTES:
@@ -120,6 +138,10 @@ class Envelope:
             if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
                 return route.path
         return OTHER
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _request_id(given: str) -> str:

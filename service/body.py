@@ -34,7 +34,8 @@ class Upload:
 async def read_upload(request: Request, max_images: int, max_body_bytes: int) -> Upload:
     """Read a multipart body, or one raw image; query parameters become fields. Raises ServiceError."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    encodings = ",".join(request.headers.getlist("content-encoding")) or "identity"
+    if encodings.lower() != "identity":
         raise ServiceError("content_type_unsupported", "Content-Encoding is not supported; send the image as it is.")
     body = _limited(request, max_body_bytes)
     if content_type == "multipart/form-data":
@@ -95,6 +96,8 @@ async def _multipart(
     parser = _Parser(request.headers, body, max_files=max_images, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     try:
         form = await parser.parse()
+    except (UnicodeError, LookupError):  # of the charset that the content type names
+        raise ServiceError("malformed_request", "The multipart body is not text in its declared charset.") from None
     except MultiPartException as error:
         if "Too many files" in error.message:  # the parser has no exception of its own for it
             raise ServiceError("too_many_images", f"A request may carry at most {max_images} images.") from None

@@ -39,7 +39,15 @@ class Job:
 
     @property
     def group(self) -> tuple[str, tuple[int, ...]]:
-        return ("predict" if self.explained is None else "explain"), tuple(self.tensor.shape)
+        return ("predict" if self.explained is None else "explain"), (*self.tensor.shape, self.passes)
+
+    @property
+    def passes(self) -> int:
+        """How often the image goes through the network for its explanation."""
+        if self.explained is None:
+            return 1
+        options = self.explained.options
+        return {"integrated_gradients": options.steps, "smoothgrad": options.samples}.get(options.method, 1)
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,11 @@ class Engine:
         golden.check(self.explainer, self.table.folder)
 
     def capacity(self, job: Job) -> int:
-        """How many jobs like this one go into one call: bounded in images and in input pixels."""
-        pixels = int(job.tensor.shape[-2] * job.tensor.shape[-1])
+        """How many jobs like this one go into one call: bounded in images, and in input pixels times passes.
+
+        A call cannot be interrupted: what it takes is what everybody else waits.
+        """
+        pixels = int(job.tensor.shape[-2] * job.tensor.shape[-1]) * job.passes
         return max(1, min(self._max_batch, self._max_batch_pixels // pixels))
 
     def options(self, given: dict[str, Any]) -> Options:

@@ -32,7 +32,7 @@ async def _answer(request: Request, *, explain: bool) -> Response:
     arrival = asyncio.get_running_loop().time()
     pipeline: Pipeline = request.app.state.pipeline
     engine = pipeline.require_engine()
-    media_type = accepted(request.headers.get("accept", ""))
+    media_type = accepted(",".join(request.headers.getlist("accept")))
     if media_type == PNG and not explain:
         raise ServiceError("not_acceptable", "/predict has no picture to answer with; use /explain.")
     settings = pipeline.settings

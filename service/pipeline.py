@@ -136,15 +136,17 @@ class Pipeline:
 
     async def run(self, requests: Sequence[Request]) -> list[Outcome | ServiceError]:
         """Each image's outcome, or its own error; raises ServiceError(queue_full) for all of them together."""
-        if self._admitted + len(requests) > self.settings.max_queue:
-            raise ServiceError(
-                "queue_full", f"{self._admitted} images are waiting, the most is {self.settings.max_queue}."
-            )
-        self._admitted += len(requests)
+        most = self.settings.max_queue
+        jobs = sum(request.asked.top_targets or 1 for request in requests)
+        if jobs > most:
+            raise ServiceError("option_invalid", f"The request asks for {jobs} maps; allowed: at most {most}.")
+        if self._admitted + jobs > most:
+            raise ServiceError("queue_full", f"{self._admitted} images or maps are waiting, the most is {most}.")
+        self._admitted += jobs
         try:
             return await asyncio.gather(*(self._outcome(request) for request in requests))
         finally:
-            self._admitted -= len(requests)
+            self._admitted -= jobs
 
     async def _outcome(self, request: Request) -> Outcome | ServiceError:
         try:
@@ -173,7 +175,12 @@ class Pipeline:
             targets = best(predicted.probabilities, k)
         reduction = REDUCTION_OF_POLARITY[request.asked.polarity]
         jobs = [Job(prepared.tensor, Explained(target, request.options, reduction)) for target in targets]
-        return await asyncio.gather(*(self._submit(job, request.deadline) for job in jobs))
+        tasks = [asyncio.ensure_future(self._submit(job, request.deadline)) for job in jobs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one failed the image has failed: the others need not be computed
+                task.cancel()
 
     async def _submit(self, job: Job, deadline: float) -> Result:
         if self._batcher is None:  # made here, where the event loop runs that it belongs to

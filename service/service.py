@@ -25,6 +25,8 @@ APP = create_app()
     traffic={"timeout": SETTINGS.max_timeout_ms / 1000 + 30},
     # BentoML labels its request metrics by raw path, without bound; /metrics is ours (metrics.py).
     metrics={"enabled": False},
+    # Its access log decodes header bytes after the answer began, and cuts the answer when they are not UTF-8.
+    logging={"access": {"enabled": False}},
 )
 @bentoml.asgi_app(APP, path="/")
 class ParchGradService:

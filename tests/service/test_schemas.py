@@ -121,3 +121,21 @@ def test_the_document_lists_every_option_and_code() -> None:
     responses = described["paths"]["/explain"]["post"]["responses"]
     for code, status in STATUS.items():
         assert code in responses[str(status)]["description"]
+
+
+def test_a_call_that_takes_many_passes_takes_fewer_images(home) -> None:
+    """One device call cannot be interrupted, so its bound counts passes, not images alone."""
+    import torch
+
+    from parchgrad.options import Options
+    from service.engine import Engine, Explained, Job
+    from service.settings import Settings
+
+    engine = Engine(Settings(**{name: value for name, value in home.settings.items() if name != "threads"}))
+    image = torch.zeros(3, 300, 300)
+    single = Job(image, Explained(0, Options(), "mean_abs"))
+    many = Job(image, Explained(0, Options(method="integrated_gradients", steps=25), "mean_abs"))
+    assert (single.passes, many.passes) == (1, 25)
+    assert engine.capacity(single) == 22  # of 2,000,000 pixels
+    assert engine.capacity(many) == 1
+    assert single.group != many.group

@@ -561,3 +561,70 @@ def test_json_is_the_default_answer(server: Server) -> None:
     answer = server.client.post("/predict", files=files(png(picture())))
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.text)["results"][0]["status"] == "ok"
+
+
+# --- what a review sent ------------------------------------------------------------------------------------
+
+
+def test_thousands_of_digits_are_no_class(server: Server) -> None:
+    answer = server.client.post("/explain", params={"target": "1" * 5000}, files=files(png(picture())))
+    refused(answer, 422, "unknown_class")
+    assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "no-such-charset"])
+def test_a_strange_charset_is_the_callers_fault(server: Server, charset: str) -> None:
+    body = b'--BB\r\nContent-Disposition: form-data; name="target"\r\n\r\nx..a\xff\r\n--BB--\r\n'
+    kind = f"multipart/form-data; boundary=BB; charset={charset}"
+    answer = server.client.post("/explain", content=body, headers={"Content-Type": kind})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]["code"] in ("malformed_request", "no_image", "option_invalid")
+
+
+def test_bytes_that_are_no_text_in_a_header_do_not_cost_the_answer(server: Server) -> None:
+    headers = [(b"Content-Type", b"image/png; x=\xe9")]
+    answer = server.client.post("/predict", content=png(picture()), headers=headers)
+    assert answer.status_code == 200
+    assert answer.json()["results"][0]["status"] == "ok"
+
+
+def test_several_accept_lines_count_as_one(server: Server) -> None:
+    headers = [("Accept", "text/html"), ("Accept", "image/png")]
+    answer = server.client.post("/explain", files=files(png(picture())), headers=headers)
+    assert answer.headers["content-type"] == "image/png"
+
+
+def test_nothing_is_redirected(server: Server) -> None:
+    refused(server.client.post("/predict/", headers={"Host": "evil.example"}, follow_redirects=False), 404, "not_found")
+
+
+def test_an_early_refusal_closes_the_connection(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = b"POST /explain HTTP/1.1\r\nHost: x\r\nContent-Type: text/csv\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(head + b"\r\n5\r\nhello\r\n")
+        answer = b""
+        while chunk := connection.recv(4096):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 415")
+    assert b"connection: close" in answer.lower()
+
+
+def test_lists_are_capped_and_the_binary_forms_named(server: Server) -> None:
+    many = files(*[png(picture())] * 16)
+    options = {"saliency": "list", "target": "top:8"}
+    answer = server.client.post("/explain", files=many, data=options)
+    refused(answer, 422, "option_invalid")
+    assert "float32" in answer.json()["error"]["message"]
+
+
+def test_more_maps_than_the_queue_holds_are_refused_by_name(narrow: Server) -> None:
+    """Two may be admitted: five maps of one image would be told to come again for ever."""
+    answer = narrow.client.post("/explain", files=files(png(picture())), data={"target": "top:5"})
+    refused(answer, 422, "option_invalid")
+    assert "5 maps; allowed: at most 2" in answer.json()["error"]["message"]
+
+
+def test_images_that_are_all_late_are_504(server: Server) -> None:
+    slow = {"method": "smoothgrad", "timeout_ms": "1"}
+    refused(server.client.post("/explain", files=files(*[png(picture())] * 3), data=slow), 504, "deadline_exceeded")
