@@ -152,7 +152,8 @@ class Explainer:
         plan = self._plan(options)
         if uncovered == "raise":
             known = chosen >= 0  # the others are known only after the forward pass
-            self._require_covered(chosen[known], [o for o, k in zip(options, known.tolist(), strict=True) if k])
+            asked = [o for o, k in zip(options, known.tolist(), strict=True) if k]
+            self._require(self._covered(chosen[known], asked), chosen[known])
         start = torch.zeros_like(images) if baseline is None else _expanded(baseline, images)
 
         many = torch.tensor([o.method in MANY_POINTS for o in options])
@@ -163,9 +164,9 @@ class Explainer:
             parts.append((several, self._explain_over_points(images, start, chosen, options, plan, several)))
         logits, final_targets, attributions, identity, gap = _in_order(parts, len(images))
 
-        if uncovered == "raise":
-            self._require_covered(final_targets, options)
         covered = self._covered(final_targets, options)
+        if uncovered == "raise":
+            self._require(covered, final_targets)
         attributions[~covered] = math.nan
         return Explanation(
             logits=logits,
@@ -266,8 +267,7 @@ class Explainer:
             probability_weighted=torch.tensor([o.seed == "probability_weighted_logit" for o in options]),
         )
 
-    def _require_covered(self, targets: Tensor, options: list[Options]) -> None:
-        covered = self._covered(targets, options)
+    def _require(self, covered: Tensor, targets: Tensor) -> None:
         if not bool(covered.all()):
             self.table.rows(targets[~covered])  # raises, naming the classes
 

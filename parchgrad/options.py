@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from parchgrad.errors import OptionError
-from parchgrad.rule import CONSERVE, MAX_GAMMA
+from parchgrad.rule import CONSERVE, is_gamma
 from parchgrad.tables import SELECTIONS, Defaults, Quantile
 
 METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
@@ -61,7 +61,7 @@ class Options:
             _number("quantile", value, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.alpha is not None:
             _number("alpha", self.alpha, lambda v: 0 < v <= 1, "a number in (0, 1]")
-        _number("gamma", self.gamma, _is_gamma, "a number in [0, 1e6], or inf")
+        _number("gamma", self.gamma, is_gamma, "a number in [0, 1e6], or inf")
         _number("noise", self.noise, lambda v: 0 <= v <= 10, "a number in [0, 10]")
         _integer("steps", self.steps, 1, MAX_STEPS)
         _integer("samples", self.samples, 1, MAX_STEPS)
@@ -109,10 +109,6 @@ def _patterns(layers: Any) -> tuple[Any, ...]:
     if not isinstance(layers, Sequence):
         raise OptionError("layers", layers, "one or more layer names or glob patterns")
     return tuple(layers)
-
-
-def _is_gamma(value: float) -> bool:
-    return 0 <= value <= MAX_GAMMA or value == math.inf
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ MAX_GAMMA = 1e6
 
 # Relative to M + N: below it a variance is rounding noise, whatever the gradient's scale.
 NEGLIGIBLE = 1e-12
+
+
+def is_gamma(value: float) -> bool:
+    """Whether an explanation takes this gamma: a number in [0, MAX_GAMMA], or infinity."""
+    return 0 <= value <= MAX_GAMMA or value == math.inf
 
 
 class Factors(NamedTuple):

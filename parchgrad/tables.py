@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from parchgrad.errors import OptionError, TableError, UncoveredTargetError
 from parchgrad.files import file_sha256, write_tensors, write_text
 from parchgrad.layers import convolutions, match
-from parchgrad.rule import CONSERVE, MAX_GAMMA
+from parchgrad.rule import CONSERVE, is_gamma
 from parchgrad.statistics import ClassMoments, normality_p, ranks, welch_log_p
 from parchgrad.versions import resolve_version
 
@@ -411,7 +411,7 @@ def check_defaults(table: str, d: Defaults, names: Iterable[str], *, tested: boo
         values = d.quantile.values() if isinstance(d.quantile, Mapping) else (d.quantile,)
         legal = {
             "quantile": all(0 < float(value) <= 1 for value in values),
-            "gamma": 0 <= d.gamma <= MAX_GAMMA or d.gamma == math.inf,
+            "gamma": is_gamma(d.gamma),
             "conserve": d.conserve in CONSERVE,
             "selection": d.selection in SELECTIONS,
             "normality_filter": isinstance(d.normality_filter, bool) and (tested or not d.normality_filter),
