@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from parchgrad.cli import SERVICE
+from parchgrad.cli.serve import SERVICE
 from parchgrad.evaluation.maps import mass_share
 from parchgrad.render import overlay
 from scenes.generator import mosaic, sample

@@ -66,7 +66,7 @@ def test_imports_go_down_only(path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_library_prints_nothing_and_reads_no_environment(name):
-    if name == "cli":
+    if name.split(".")[0] == "cli":
         pytest.skip("the command line prints")
     text = (ROOT / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}

@@ -1,0 +1,40 @@
+"""The `parchgrad` command: arguments in, one library call, text out."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from parchgrad import __version__
+from parchgrad.cli.evaluate import evaluate
+from parchgrad.cli.explain import explain
+from parchgrad.cli.model import model_group
+from parchgrad.cli.serve import serve
+from parchgrad.cli.table import table_group
+from parchgrad.errors import ParchGradError
+
+# torch is imported inside the commands: `parchgrad --help` stays instant.
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="parchgrad")
+def cli() -> None:
+    """Predictions with ParchGrad saliency maps: model packages, selection tables, explanations."""
+    # 'module:factory' architectures are looked up where the command is run, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def main() -> None:
+    """Entry point: a library error is one line on standard error and exit code 1."""
+    try:
+        cli(standalone_mode=True)
+    except ParchGradError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+for command in (model_group, table_group, explain, evaluate, serve):
+    cli.add_command(command)

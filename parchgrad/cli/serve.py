@@ -1,0 +1,28 @@
+"""`parchgrad serve`: the service from the checkout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command("serve", context_settings={"ignore_unknown_options": True})
+@click.option("--port", type=int, default=3000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.argument("bentoml_arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(port: int, host: str, bentoml_arguments: tuple[str, ...]) -> None:
+    """Serve over HTTP from the checkout (`bentoml serve`); further arguments go to bentoml."""
+    command = ["bentoml", "serve", SERVICE, "--host", host, "--port", str(port), *bentoml_arguments]
+    executable = Path(sys.executable).with_name("bentoml")
+    if not executable.is_file():
+        raise click.ClickException("bentoml is not installed here; install parchgrad[service].")
+    if not Path("service/service.py").is_file():
+        raise click.ClickException("No folder 'service' here; run this from the project's checkout.")
+    # bentoml would otherwise report its use to its makers.
+    os.execve(executable, command, {"BENTOML_DO_NOT_TRACK": "true", **os.environ})
+
+
+SERVICE = "service.service:ParchGradService"

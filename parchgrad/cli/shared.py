@@ -1,0 +1,84 @@
+"""What several commands share: their options, finding models and tables by name, the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from parchgrad.models import Model
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+MODELS_DIR = click.option(
+    "--models-dir", type=FOLDER, default=Path("models"), show_default=True,
+    help="Model repository.",
+)  # fmt: skip
+TABLES_DIR = click.option(
+    "--tables-dir", type=FOLDER, default=Path("selection_tables"), show_default=True,
+    help="Folder of the selection tables.",
+)  # fmt: skip
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
+
+
+class ListParameter(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.5 on
+    """Comma-separated text to a tuple: of numbers, or of names."""
+
+    def __init__(self, kind: type, length: int | None = None) -> None:
+        self.kind, self.length = kind, length
+        self.name = "numbers" if kind is not str else "patterns"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            items = tuple(self.kind(item) for item in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of {self.kind.__name__}", param, ctx)
+        if self.length is not None and len(items) != self.length:
+            self.fail(f"{value!r} has {len(items)} entries, expected {self.length}", param, ctx)
+        return items
+
+
+def load_named_model(name: str, models_dir: Path) -> Model:
+    from parchgrad.models import load_model
+
+    return load_model(named(name, models_dir))
+
+
+def named(name: str, folder: Path) -> Path:
+    """`name` inside `folder`, with a version if it says one (`resnet/2`); a path that exists is taken as it is."""
+    inside = folder / name
+    return inside if inside.exists() or not Path(name).exists() else Path(name)
+
+
+@contextmanager
+def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, with speed and time left; plain silence where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=Console(stderr=True),
+    )  # fmt: skip
+
+    def update(done: int, total: int) -> None:
+        # Begun with the first step: an error before any work prints no empty bar.
+        if not bar.tasks:
+            bar.start()
+            bar.add_task(what, speed="")
+        task = bar.tasks[0]
+        speed = task.finished_speed or task.speed
+        bar.update(task.id, completed=done, total=total, speed=f"{speed:.1f}/s" if speed else "")
+
+    try:
+        yield update
+    finally:
+        if bar.tasks:
+            bar.stop()
