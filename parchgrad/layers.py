@@ -7,23 +7,80 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from parchgrad.errors import OptionError
+from parchgrad.errors import OptionError, UnsupportedModelError
+
+
+class Convolution(nn.Module):
+    """Base of a convolution that is no module of torch.nn, such as one of an exported program.
+
+    Its result is the convolution's own output, `(batch, out_channels, *spatial)`.
+    """
+
+    out_channels: int
+
+
+_KINDS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    Convolution,
+)
+
+# Quantised and fused-for-quantising modules: no gradient, or an output that is not the convolution's own.
+_QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torch.nn.qat.")
 
 
 def convolutions(module: nn.Module) -> dict[str, int]:
-    """Name -> output channels of every convolution, in `named_modules` order (registration order)."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return {name: layer.out_channels for name, layer in module.named_modules() if isinstance(layer, kinds)}
+    """Name -> output channels of every convolution, in `named_modules` order (registration order).
+
+    Grouped, depthwise, 1x1 (squeeze-and-excitation) and transposed ones are all convolutions: the rule acts on
+    the gradient at their output. Raises UnsupportedModelError, naming the module, for a lazy convolution that
+    has no weights yet and for quantised ones.
+    """
+    found = {}
+    for name, layer in module.named_modules():
+        kind = type(layer)
+        if kind.__module__.startswith(_QUANTISED) and hasattr(layer, "out_channels"):
+            raise UnsupportedModelError(
+                f"Module '{name}' is a quantised convolution ({kind.__module__}.{kind.__name__}), which has no "
+                "gradient to explain; give the float network."
+            )
+        if not isinstance(layer, _KINDS):
+            continue
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise UnsupportedModelError(
+                f"Module '{name}' is a lazy convolution ({kind.__name__}) without weights; "
+                "run the network on an image once, or load its weights, first."
+            )
+        found[name] = layer.out_channels
+    return found
 
 
 def match(names: Iterable[str], patterns: Sequence[str], option: str = "layers") -> tuple[str, ...]:
     """The names that fit any of the glob patterns (`layer4.*`, `*`), in the order of `names`.
 
-    Raises OptionError for a pattern that fits none: a typing mistake must not switch the rule off;
-    `option` is the name of the option the patterns came in.
+    A pattern that begins with `!` takes out again what fits the rest of it (`*`, `!*.se.*`), wherever it
+    stands; where all patterns do, they take from all names. Raises OptionError for a pattern that fits none,
+    with `!` too (a typing mistake must not switch the rule off, or on), and where nothing is left; `option`
+    is the name of the option the patterns came in.
     """
     names = tuple(names)
+    without = tuple(pattern[1:] for pattern in patterns if pattern.startswith("!"))
+    wanted = tuple(pattern for pattern in patterns if not pattern.startswith("!"))
+    if without and not wanted:
+        wanted = ("*",)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(option, pattern, f"names or glob patterns ('layer4.*') of {names[0]} ... {names[-1]}")
-    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
+            known = f"{names[0]} ... {names[-1]}" if names else "a network without convolutions"
+            raise OptionError(option, pattern, f"names or glob patterns ('layer4.*', '!*.se.*') of {known}")
+    kept = tuple(name for name in names if _fits(name, wanted) and not _fits(name, without))
+    if without and not kept:
+        raise OptionError(option, ",".join(patterns), "patterns that leave at least one layer")
+    return kept
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

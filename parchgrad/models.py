@@ -1,12 +1,12 @@
 """A model package: architecture, weights, labels and preprocessing in one folder, checked when loaded.
 
-`models/<name>/<version>/` holds `model.yaml`, `weights.safetensors` and `labels.txt`. Nothing in it is ever
-unpickled; `.pth` files are read once, by `add_model`, with `weights_only=True`.
+`models/<name>/<version>/` holds `model.yaml`, `labels.txt` and `weights.safetensors`, or for an exported program
+`program.pt2`, which is its own architecture. Nothing in it is ever unpickled; `.pth` files are read once, by
+`add_model`, with `weights_only=True`.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import re
@@ -23,16 +23,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parchgrad.errors import ModelError, WeightsError
+from parchgrad.architectures import Published, build_network, published
+from parchgrad.errors import ModelError, UnsupportedModelError, WeightsError
 from parchgrad.files import file_sha256, write_tensors
 from parchgrad.labels import class_index
+from parchgrad.layers import convolutions
 from parchgrad.preprocessing import Preprocessing
+from parchgrad.programs import is_program, load_program, reduce_program
 from parchgrad.versions import is_version, resolve_version
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
+PROGRAM_FILE = "program.pt2"
 LABELS_FILE = "labels.txt"
+
+# The architecture of an exported program, which brings its own.
+PROGRAM = "program"
+
+# What most classification networks are evaluated with, where nothing says otherwise.
+_COMMON_INPUT: dict[str, Any] = {"size": (224, 224), "rule": "shorter_side", "resize": 256}
 
 # `id<tab>name`, or a line of ImageNet's own list: a WordNet id, a space, names.
 _LABEL_WITH_ID = re.compile(r"(?P<id>[^\t]+)\t(?P<name>.+)|(?P<wnid>n\d{8}) (?P<names>.+)")
@@ -52,6 +62,7 @@ class Model:
     preprocessing: Preprocessing
     module: nn.Module
     folder: Path
+    weights_source: str = ""  # where the weights came from when the package was made, in words
 
     def class_index(self, target: object) -> int:
         """Index of a class given by index, name or class id, or by index written as text.
@@ -78,8 +89,11 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     if digest != manifest["weights"]["sha256"]:
         expected = manifest["weights"]["sha256"]
         raise WeightsError(f"Model '{name}': {weights.name} has sha256 {digest}, {MANIFEST_FILE} says {expected}.")
-    module = build_network(manifest["architecture"], len(labels), manifest.get("arguments", {}))
-    load_weights(module, _read_safetensors(weights), name)
+    if manifest["architecture"] == PROGRAM:
+        module: nn.Module = load_program(weights)
+    else:
+        module = build_network(manifest["architecture"], len(labels), manifest.get("arguments", {}))
+        load_weights(module, _read_safetensors(weights), name)
     return Model(
         name=name,
         version=folder.name if is_version(folder.name) else "1",
@@ -90,26 +104,32 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         preprocessing=_preprocessing(name, manifest["input"]),
         module=module.eval().requires_grad_(False),
         folder=folder,
+        weights_source=str(manifest["weights"].get("source", "")),
     )
 
 
 def add_model(
     name: str,
     *,
-    architecture: str,
-    weights: str | os.PathLike[str] | Mapping[str, Tensor],
-    labels: Sequence[str],
-    preprocessing: Preprocessing,
+    architecture: str | None = None,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    pretrained: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     models_dir: str | os.PathLike[str] = "models",
     version: int | None = None,
 ) -> Path:
     """Write a model package and return its folder; it loads, or nothing is left behind.
 
-    `weights` is a `.safetensors` file, a `.pth`/`.pt` state dict (read with `weights_only=True`), or a state
-    dict. A label is a name, or `id<tab>name`, or a WordNet id, a space and a name. `arguments` are passed to
-    the architecture's factory beside `num_classes`. `version` defaults to one above the highest there is.
-    Raises ModelError or WeightsError.
+    `architecture` is a torchvision classification model (default: the one called `name`), `timm/NAME`,
+    `module:factory`, or `program`, the default where `weights` is an exported program (`.pt2`).
+    `weights` is a `.safetensors` file, a `.pth`/`.pt` state dict (read with `weights_only=True`), a state
+    dict, or a program. A label is a name, or `id<tab>name`, or a WordNet id, a space and a name.
+    What is left out is what the architecture's publisher gives (`architectures.published`): weights are
+    downloaded, `pretrained` choosing among torchvision's; labels; preprocessing, of which a mapping replaces
+    single fields. `arguments` are passed to the architecture's factory beside `num_classes`. `version`
+    defaults to one above the highest there is. Raises ModelError or WeightsError.
     """
     if not _NAME.fullmatch(name):
         raise ModelError(f"Model name is {name!r}, expected letters, digits, '.', '_', '-', a letter or digit first.")
@@ -120,25 +140,36 @@ def add_model(
     target = root / str(number)
     if target.exists():
         raise ModelError(f"Model '{name}' already has a version {number}.")
-    _check_labels(name, labels)
-    state = dict(weights) if isinstance(weights, Mapping) else _read_weights(Path(weights))
-    network = build_network(architecture, len(labels), arguments or {})
-    load_weights(network, state, name)
-    _check_answer(network, name, len(labels), preprocessing)
+    file = None if weights is None or isinstance(weights, Mapping) else Path(weights)
+    if architecture is None:
+        architecture = PROGRAM if file is not None and is_program(file) else name
+    if labels is not None:
+        _check_labels(name, labels)
+    if architecture == PROGRAM:
+        made = _of_program(name, file, labels, preprocessing, pretrained, arguments)
+    else:
+        made = _of_architecture(name, architecture, weights, labels, preprocessing, pretrained, arguments)
+    _check_convolutions(name, made.network)
+    _check_answer(made.network, name, len(made.labels), made.preprocessing)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".adding-") as temporary:
         staged = Path(temporary) / str(number)
         staged.mkdir()
-        write_tensors(staged / WEIGHTS_FILE, state)
-        (staged / LABELS_FILE).write_text("\n".join(labels) + "\n", encoding="utf-8")
+        if isinstance(made.content, bytes):
+            weights_file = PROGRAM_FILE
+            (staged / weights_file).write_bytes(made.content)
+        else:
+            weights_file = WEIGHTS_FILE
+            write_tensors(staged / weights_file, made.content)
+        (staged / LABELS_FILE).write_text("\n".join(made.labels) + "\n", encoding="utf-8")
         manifest = {
             "format_version": FORMAT_VERSION,
             "name": name,
             "architecture": architecture,
             "arguments": dict(arguments or {}),
-            "weights": {"file": WEIGHTS_FILE, "sha256": file_sha256(staged / WEIGHTS_FILE)},
+            "weights": {"file": weights_file, "sha256": file_sha256(staged / weights_file), "source": made.source},
             "labels": LABELS_FILE,
-            "input": _input_section(preprocessing),
+            "input": _input_section(made.preprocessing),
         }
         text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)
         (staged / MANIFEST_FILE).write_text(text, encoding="utf-8")
@@ -147,37 +178,109 @@ def add_model(
     return target
 
 
-def build_network(architecture: str, classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """A network with untrained weights: a torchvision classification model by name, or `module:factory`.
+@dataclass(frozen=True)
+class _Made:
+    """What a package is written from, checked as far as its parts go."""
 
-    The factory is called with `num_classes=classes` and `arguments`. Raises ModelError.
-    """
-    given: dict[str, Any] = {"num_classes": classes}
-    if ":" in architecture:
-        factory = _import_factory(architecture)
+    network: nn.Module
+    content: Mapping[str, Tensor] | bytes  # the state dict, or a reduced program
+    source: str
+    labels: Sequence[str]
+    preprocessing: Preprocessing
+
+
+def _of_architecture(
+    name: str,
+    architecture: str,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None,
+    labels: Sequence[str] | None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
+    pretrained: str | None,
+    arguments: Mapping[str, Any] | None,
+) -> _Made:
+    file = None if weights is None or isinstance(weights, Mapping) else Path(weights)
+    given = None if weights is None else file.name if file is not None else ""
+    offer = published(architecture, pretrained, given)
+    known = labels if labels is not None else offer.labels if offer is not None else None
+    if known is None:
+        raise ModelError(f"Model '{name}': architecture '{architecture}' comes without labels; give them (--labels).")
+    if isinstance(weights, Mapping):
+        state, source = dict(weights), "a state dict"
+    elif file is not None:
+        if is_program(file):
+            raise ModelError(f"Model '{name}': '{file.name}' is an exported program; its architecture is '{PROGRAM}'.")
+        state, source = _read_weights(file), f"file {file.name}"
+    elif offer is not None:
+        state, source = offer.download(), offer.source
     else:
-        from torchvision import models as zoo
+        raise ModelError(
+            f"Model '{name}': architecture '{architecture}' comes without weights; give them (--weights FILE)."
+        )
+    network = build_network(architecture, len(known), arguments or {})
+    if labels is None and offer is not None:
+        _check_published_labels(network, state, name, offer)
+    load_weights(network, state, name)
+    return _Made(network, state, source, known, _combined(offer.preprocessing if offer else {}, preprocessing))
 
-        if architecture not in zoo.list_models(module=zoo):
-            raise ModelError(
-                f"Architecture '{architecture}' is not a torchvision classification model; "
-                "for your own network give 'module:factory'."
-            )
-        factory = zoo.get_model_builder(architecture)
-        given["weights"] = None
-        if architecture in ("googlenet", "inception_v3"):
-            # Drawing initial weights takes these two a minute. torchvision's own weights for them expect the
-            # input transformed; weights trained without say so by `arguments: {transform_input: false}`.
-            given |= {"init_weights": False, "transform_input": True}
+
+def _of_program(
+    name: str,
+    file: Path | None,
+    labels: Sequence[str] | None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
+    pretrained: str | None,
+    arguments: Mapping[str, Any] | None,
+) -> _Made:
+    if file is None or not is_program(file):
+        raise ModelError(f"Model '{name}': architecture '{PROGRAM}' is an exported program; give its .pt2 as weights.")
+    if labels is None:
+        raise ModelError(f"Model '{name}': an exported program comes without labels; give them (--labels).")
+    if pretrained is not None or arguments:
+        raise ModelError(f"Model '{name}': an exported program takes neither arguments nor the name of weights.")
+    program = load_program(file)
+    _check_finite(program.state_dict(), name)
+    size = program.sides.only
+    own = {} if size is None else {"size": size, "resize": round(max(size) * 256 / 224)}
+    return _Made(program, reduce_program(file), f"file {file.name}", labels, _combined(own, preprocessing))
+
+
+def _combined(base: Mapping[str, Any], changes: Preprocessing | Mapping[str, Any] | None) -> Preprocessing:
+    """The published preprocessing with single fields replaced; a new size takes `resize` along in proportion."""
+    if isinstance(changes, Preprocessing):
+        return changes
+    fields = {**_COMMON_INPUT, **base, **(changes or {})}
+    given = changes or {}
+    if fields["rule"] in ("stretch", "native"):
+        fields["resize"] = None
+    elif "resize" not in given and ("size" in given or fields["resize"] is None):
+        before = {**_COMMON_INPUT, **base}
+        share = before["resize"] / max(before["size"]) if before["resize"] is not None else 256 / 224
+        fields["resize"] = round(max(fields["size"]) * share)
     try:
-        # Weights are drawn and then overwritten: the caller's random state must not feel it.
-        with torch.random.fork_rng(devices=[]):
-            network = factory(**{**given, **(arguments or {})})
-    except Exception as error:
-        raise ModelError(f"Architecture '{architecture}' cannot be built: {type(error).__name__}: {error}.") from error
-    if not isinstance(network, nn.Module):
-        raise ModelError(f"Architecture '{architecture}' returned {type(network).__name__}, expected torch.nn.Module.")
-    return network
+        return Preprocessing(**fields)
+    except TypeError as error:
+        raise ModelError(f"Preprocessing: {error}.") from error
+
+
+def _check_published_labels(network: nn.Module, state: Mapping[str, Tensor], name: str, offer: Published) -> None:
+    """Weights of another number of classes than the published labels: say so. Raises WeightsError."""
+    classes = len(offer.labels or ())
+    for key, expected in network.state_dict().items():
+        found = state.get(key)
+        if found is None or found.shape == expected.shape or not expected.shape or not found.shape:
+            continue
+        if expected.shape[0] == classes and found.shape[1:] == expected.shape[1:]:
+            raise WeightsError(
+                f"Weights of model '{name}' are for {found.shape[0]} classes ('{key}'), the labels of {offer.source} "
+                f"are {classes}; give the labels of your own classes (--labels)."
+            )
+
+
+def _check_convolutions(name: str, network: nn.Module) -> None:
+    if not convolutions(network):
+        raise UnsupportedModelError(
+            f"Model '{name}' has no convolution module, so no channels to select: ParchGrad explains CNNs."
+        )
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
@@ -196,9 +299,14 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], name: str) -> 
                 f"Weights of model '{name}': tensor '{key}' has shape {tuple(tensor.shape)}, "
                 f"the architecture has {tuple(expected[key].shape)}."
             )
+    _check_finite(state, name)
+    network.load_state_dict(dict(state), strict=False)
+
+
+def _check_finite(state: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"Weights of model '{name}': tensor '{key}' holds NaN or infinity.")
-    network.load_state_dict(dict(state), strict=False)
 
 
 def _training_only(key: str, state: Mapping[str, Tensor]) -> bool:
@@ -206,18 +314,6 @@ def _training_only(key: str, state: Mapping[str, Tensor]) -> bool:
     if head:
         return not any(k.startswith(head.group(0)) for k in state)
     return key.endswith("num_batches_tracked")
-
-
-def _import_factory(architecture: str) -> Any:
-    module_name, _, attribute = architecture.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
-        raise ModelError(
-            f"Architecture '{architecture}' cannot be imported ({type(error).__name__}: {error}); "
-            "is its folder on the Python path?"
-        ) from error
-    return factory
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -275,16 +371,22 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _check_answer(network: nn.Module, name: str, classes: int, preprocessing: Preprocessing) -> None:
-    """One empty image through the network: it must answer with one logit a class. Raises ModelError."""
-    try:
-        with torch.inference_mode():
-            answer = network.eval()(torch.zeros(1, 3, *preprocessing.size))
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise ModelError(f"Model '{name}' fails on an image of shape (1, 3, {preprocessing.size}): {found}") from error
-    if not isinstance(answer, Tensor) or tuple(answer.shape) != (1, classes):
-        found = str(tuple(answer.shape)) if isinstance(answer, Tensor) else type(answer).__name__
-        raise ModelError(f"Model '{name}' answers one image with {found}, expected logits of shape (1, {classes}).")
+    """Empty images through the network: it must answer with one logit a class, for one image and for two.
+
+    Raises ModelError.
+    """
+    for batch, many in ((1, "one image"), (2, "two images")):
+        shape = (batch, 3, *preprocessing.size)
+        try:
+            with torch.inference_mode():
+                answer = network.eval()(torch.zeros(shape))
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            raise ModelError(f"Model '{name}' fails on {many} of shape {shape}: {found}") from error
+        if not isinstance(answer, Tensor) or tuple(answer.shape) != (batch, classes):
+            found = str(tuple(answer.shape)) if isinstance(answer, Tensor) else type(answer).__name__
+            expected = (batch, classes)
+            raise ModelError(f"Model '{name}' answers {many} with {found}, expected logits of shape {expected}.")
 
 
 def _check_labels(name: str, labels: Sequence[str]) -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from tests.oracles import rule, selection
 from tests.oracles.tolerance import array
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass
 class Options:
@@ -141,7 +143,7 @@ def ruled_copy(model, table, target, options):
     replacements = {}
     for name, module in ruled.named_modules():
         chosen = any(fnmatch.fnmatchcase(name, pattern) for pattern in options.layers)
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not chosen or name not in table.layers:
+        if not isinstance(module, CONVOLUTIONS) or not chosen or name not in table.layers:
             continue
         quantile = None if options.alpha is not None else layer_quantile(options.quantile, name)
         replacements[id(module)] = RuledConvolution(module, rows_of(table, name), target, options, quantile)

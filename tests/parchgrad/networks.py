@@ -7,6 +7,7 @@ from torch import nn
 
 from parchgrad.statistics import ClassMoments
 from parchgrad.tables import LayerTable, SelectionTable
+from tests.oracles.maps import CONVOLUTIONS
 
 CLASSES = 5
 
@@ -174,6 +175,26 @@ def double_output(_, __, output):
     return 2.0 * output
 
 
+class Transposed(nn.Module):
+    """Transposed convolutions: grouped, with stride, dilation and output padding, and one of 1x1 maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(12)
+        self.up = nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1, groups=4)
+        self.wide = nn.ConvTranspose2d(12, 6, 2, dilation=2, bias=False)
+        self.point = nn.ConvTranspose2d(6, 10, 1)
+        self.gate = nn.ConvTranspose2d(6, 10, 1)
+        self.head = nn.Linear(10, CLASSES)
+
+    def forward(self, images):
+        z = F.relu(self.norm(self.up(F.relu(self.stem(images)))))
+        z = F.relu(self.wide(z))
+        gate = torch.sigmoid(self.gate(z.mean((2, 3), keepdim=True)))
+        return self.head((F.relu(self.point(z) * gate)).mean((2, 3)))
+
+
 ALL = (
     Branching,
     InPlaceRelu,
@@ -189,6 +210,7 @@ ALL = (
     SlicedRelu,
     Parametrized,
     Hooked,
+    Transposed,
 )
 
 
@@ -229,7 +251,7 @@ def table_for(model, classes=CLASSES, seed=0, covered=None, name="made-up", **de
     layers = {
         layer: layer_table(module.out_channels, len(covered), seed + i)
         for i, (layer, module) in enumerate(model.named_modules())
-        if isinstance(module, nn.Conv2d)
+        if isinstance(module, CONVOLUTIONS)
     }
     table = SelectionTable(
         name=name,

@@ -133,7 +133,7 @@ def used(model):
     """The convolutions that take part in the forward pass; the networks inherit some that do not."""
     seen, handles = [], []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, maps.CONVOLUTIONS):
             handles.append(module.register_forward_hook(lambda *_, name=name: seen.append(name)))
     with torch.no_grad():
         model(batch(1))

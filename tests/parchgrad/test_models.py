@@ -466,7 +466,7 @@ def test_only_rgb_is_taken(mode):
     ("factory", "message"),
     [
         ("seven_outputs", r"answers one image with \(1, 7\), expected logits of shape \(1, 4\)"),
-        ("grey", "fails on an image"),
+        ("grey", r"fails on one image of shape \(1, 3, 16, 16\)"),
     ],
 )
 def test_a_network_that_does_not_answer_is_not_added(tmp_path, factory, message):
