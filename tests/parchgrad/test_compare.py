@@ -1,19 +1,26 @@
 """Comparing methods: scores against hand counts, Grad-CAM against its formula, mosaics of a folder."""
 
 import dataclasses
+import gzip
+import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
-from parchgrad.build import ImageFolder, build_table
-from parchgrad.errors import OptionError
-from parchgrad.evaluation.compare import Picture, compare, grad_cam, mosaics_of, standard_methods
+from parchgrad.build import build_table
+from parchgrad.cli import cli
+from parchgrad.errors import DataError, OptionError, UncoveredTargetError
+from parchgrad.evaluation import mosaics
+from parchgrad.evaluation.compare import LeftOut, Picture, compare, grad_cam, mosaics_of, standard_methods, usable
+from parchgrad.evidence import digest_of
 from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing, read_image
+from parchgrad.sources import ImageFolder
 from parchgrad.tables import Defaults
 from tests.oracles.tolerance import assert_close, assert_each_close, relative_l2
 from tests.parchgrad.networks import batch, build, table_for
@@ -134,38 +141,105 @@ def tiny_model(tmp_path_factory):
     )
 
 
+def by_pixels(folder, model):
+    """Each image's index by its preprocessed pixels."""
+    found = {}
+    for index in range(len(folder)):
+        tensor = model.preprocessing.apply(read_image(folder.path(index)))[0]
+        found[tensor.numpy().tobytes()] = index
+    return found
+
+
+def images_in(picture, indices):
+    """The four images of a 24 x 20 mosaic, in the order of its quarters."""
+    quarters = [picture.image[:, r : r + 12, c : c + 10].contiguous() for r in (0, 12) for c in (0, 10)]
+    return [indices[quarter.numpy().tobytes()] for quarter in quarters]
+
+
 def test_mosaics_hold_four_classes_and_the_target_in_its_place(folder, tiny_model):
     made = mosaics_of(folder, tiny_model.preprocessing, 8, seed=3)
-    single = {}
-    for sample in folder.samples:
-        tensor = tiny_model.preprocessing.apply(read_image(sample.path))[0]
-        single[tensor.numpy().tobytes()] = folder.classes[sample.row]
-    assert len(made) == 8
-    for number, picture in enumerate(made):
+    single = by_pixels(folder, tiny_model)
+    drawn, _ = mosaics.draw(folder.targets, 8, 3)
+    assert made.left_out == LeftOut((), (), len(np.unique(drawn)))
+    assert len(made.pictures) == 8
+    for number, picture in enumerate(made.pictures):
         assert picture.image.shape == (3, 24, 20)
-        quarters = [picture.image[:, r : r + 12, c : c + 10].contiguous() for r in (0, 12) for c in (0, 10)]
-        classes = [single[quarter.numpy().tobytes()] for quarter in quarters]
+        images = images_in(picture, single)
+        assert images == drawn[number].tolist()
+        classes = folder.targets[images].tolist()
         assert len(set(classes)) == 4
         place = number % 4
         assert classes[place] == picture.target
         expected = np.zeros((24, 20), bool)
         expected[place // 2 * 12 : place // 2 * 12 + 12, place % 2 * 10 : place % 2 * 10 + 10] = True
         assert np.array_equal(picture.mask, expected)
-    again = mosaics_of(folder, tiny_model.preprocessing, 8, seed=3)
-    assert_close(again[5].image, made[5].image, 0.0)
-    other = mosaics_of(folder, tiny_model.preprocessing, 8, seed=4)
-    assert any(relative_l2(other[i].image, made[i].image) > 0 for i in range(8))
+    again = mosaics_of(folder, tiny_model.preprocessing, 8, seed=3).pictures
+    assert_close(again[5].image, made.pictures[5].image, 0.0)
+    other = mosaics_of(folder, tiny_model.preprocessing, 8, seed=4).pictures
+    assert any(relative_l2(other[i].image, made.pictures[i].image) > 0 for i in range(8))
+
+
+def test_mosaics_leave_out_used_and_unreadable_images_and_say_so(folder, tiny_model):
+    """Others of the same class take their place; every other place is as drawn."""
+    count = 30
+    drawn, _ = mosaics.draw(folder.targets, count, 0)
+    used = [int(drawn[0, 0]), int(drawn[1, 2])]
+    bad = next(int(i) for i in drawn.ravel() if folder.targets[i] not in folder.targets[used])
+    gone = next(int(i) for i in drawn.ravel() if folder.targets[i] not in folder.targets[[*used, bad]])
+    digests = {digest_of(folder.path(i).read_bytes()).hex() for i in used}
+    single = by_pixels(folder, tiny_model)
+    whole = folder.path(bad).read_bytes()
+    folder.path(bad).write_bytes(whole[: len(whole) // 2])
+    folder.path(gone).unlink()
+    made = mosaics_of(folder, tiny_model.preprocessing, count, 0, used=digests)
+    assert set(made.left_out.used) == {folder.name(i) for i in used}
+    assert set(made.left_out.unreadable) == {folder.name(bad), folder.name(gone)}
+    stand_ins = set()
+    for row, picture in zip(drawn, made.pictures, strict=True):
+        for index, original in zip(images_in(picture, single), row, strict=True):
+            if original in (*used, bad, gone):
+                assert folder.targets[index] == folder.targets[original]
+                assert index not in (*used, bad, gone)
+                stand_ins.add((int(original), index))
+            else:
+                assert index == original
+    assert len({index for original, index in stand_ins if original == bad}) == 2, "one image stands in for all"
+    again = mosaics_of(folder, tiny_model.preprocessing, count, 0, used=digests)
+    assert_close(again.pictures[0].image, made.pictures[0].image, 0.0)
+
+
+def test_usable_images_are_looked_for_no_further_than_needed(folder, monkeypatch):
+    used = {digest_of(folder.path(i).read_bytes()).hex() for i in (0, 1, 4)}
+    folder.path(9).write_bytes(b"no image")
+    fine, left_out = usable(folder, 2, seed=0, used=used)
+    assert np.bincount(fine.targets, minlength=5).tolist() == [1, 2, 2, 2, 2]
+    assert not {folder.name(i) for i in (0, 1, 4, 9)} & set(fine.names)
+    assert left_out == LeftOut(tuple(folder.name(i) for i in (0, 1, 4)), (folder.name(9),), 15)
+    everything, _ = usable(folder, 99, seed=0)
+    assert everything.names == [name for name in folder.names if name != folder.name(9)]
+    assert usable(folder, 1, seed=0)[0].names != usable(folder, 1, seed=1)[0].names
+    monkeypatch.setattr("parchgrad.evaluation.compare.READ_TOGETHER", 1)
+    assert usable(folder.take(range(3)), 2, seed=0)[1] == LeftOut((), (), 2)
+
+
+def test_a_class_without_an_image_left_is_refused(folder, tiny_model):
+    members = np.flatnonzero(folder.targets == 2)
+    used = {digest_of(folder.path(i).read_bytes()).hex() for i in members[:2]}
+    folder.path(members[2]).write_bytes(b"no image")
+    message = "none of the 3 images of class 2 can be in a mosaic; 2 were used to build the table, 1 cannot be read"
+    with pytest.raises(DataError, match=message):
+        mosaics_of(folder, tiny_model.preprocessing, 8, seed=0, used=used)
 
 
 def test_mosaics_need_four_classes(folder, tiny_model):
-    few = dataclasses.replace(folder, samples=tuple(s for s in folder.samples if s.row < 3))
-    with pytest.raises(ValueError, match="at least 4 classes, got 3"):
+    few = folder.take(np.flatnonzero(folder.targets < 3))
+    with pytest.raises(DataError, match="holds images of 3 classes; a mosaic needs 4"):
         mosaics_of(few, tiny_model.preprocessing, 8, seed=0)
 
 
 def test_native_images_of_different_sizes_fit_into_one_mosaic(folder, tiny_model):
     native = dataclasses.replace(tiny_model.preprocessing, rule="native", min_side=8, max_side=64)
-    assert mosaics_of(folder, native, 4, seed=0)[0].image.shape == (3, 24, 20)
+    assert mosaics_of(folder, native, 4, seed=0).pictures[0].image.shape == (3, 24, 20)
 
 
 def test_the_control_follows_a_table_with_a_normality_filter(tmp_path, tiny_model):
@@ -180,3 +254,55 @@ def test_a_wrong_grad_cam_layer_is_refused():
     model = build()
     with pytest.raises(OptionError, match="Option 'cam_layer' is 'nowhere'"):
         grad_cam(Explainer(model, table_for(model)), "nowhere")
+
+
+@pytest.fixture
+def tables(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture
+def evaluated(folder, tiny_model, tables):
+    """`parchgrad evaluate` on a table of the folder's images, built from those at `used` by its record."""
+    place = tables / "net" / "1"
+    build_table(tiny_model, folder.root).save(place)
+
+    def run(*options, used=None):
+        if used is not None:
+            lines = ["digest\tclass\tname"]
+            for i in used:
+                digest = hashlib.blake2b(folder.path(i).read_bytes(), digest_size=16).hexdigest()
+                lines.append(f"{digest}\t{folder.targets[i]}\t{folder.name(i)}")
+            (place / "images.tsv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
+        where = ["--models-dir", str(tiny_model.folder.parents[1]), "--tables-dir", str(tables)]
+        arguments = ["evaluate", "net", "--data", folder.root, "--mosaics", "8", "--method", "ParchGrad"]
+        return CliRunner().invoke(cli, [*arguments, *where, *options], catch_exceptions=False)
+
+    return run
+
+
+def test_evaluate_leaves_out_the_images_of_the_table(evaluated):
+    result = evaluated(used=[0, 1, 3, 6, 7, 9, 10, 12])
+    assert result.exit_code == 0, result.output
+    assert "that the table was built from were left out" in result.stderr
+    again = evaluated("--allow-used")
+    assert again.exit_code == 0
+    assert "table was built from" not in again.stderr
+    assert again.stdout != result.stdout
+
+
+def test_evaluate_refuses_when_only_images_of_the_table_are_left(evaluated):
+    with pytest.raises(DataError, match=r"none of the 3 images of class .*; 3 were used to build the table"):
+        evaluated(used=range(15))
+
+
+def test_evaluate_says_that_a_table_has_no_record(evaluated):
+    result = evaluated()
+    assert result.exit_code == 0
+    assert "Table 'net' has no record of the images it was built from; they may be among these." in result.stderr
+
+
+def test_evaluate_refuses_a_class_without_a_row_before_any_work(evaluated, folder, tiny_model, tables):
+    build_table(tiny_model, folder.take(np.flatnonzero(folder.targets < 4))).save(tables / "net" / "1")
+    with pytest.raises(UncoveredTargetError, match=r"it has no row for target 4 \(fish\)"):
+        evaluated()
