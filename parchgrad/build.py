@@ -1,228 +1,402 @@
-"""Images in folders by class -> a selection table, on this machine."""
+"""Images -> evidence -> a selection table: one pass, on this machine or on a cluster."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import parchgrad
-from parchgrad.errors import DataError, UnknownTargetError, UnsupportedModelError
+from parchgrad.checkpoint import Checkpoint
+from parchgrad.errors import DataError, EvidenceError
+from parchgrad.evidence import (
+    DIGEST_BYTES,
+    NORMALITY_IMAGES,
+    Evidence,
+    Observation,
+    Subject,
+    digest_of,
+    printable,
+    require_same,
+)
 from parchgrad.explainer import checked_device
-from parchgrad.layers import convolutions
+from parchgrad.features import GapNetwork, running_layers
+from parchgrad.layers import convolutions, match
 from parchgrad.models import Model
-from parchgrad.preprocessing import Preprocessing, read_image
-from parchgrad.runtimes.pytorch import gap_features, private_view
-from parchgrad.statistics import ClassMoments
-from parchgrad.tables import Defaults, LayerTable, SelectionTable, check_defaults
+from parchgrad.preprocessing import Preprocessing, decode_image
+from parchgrad.sources import Source, open_source
+from parchgrad.tables import Defaults, SelectionTable, check_defaults
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-
-# SciPy's Shapiro-Wilk p-value holds up to here (method.md section 1).
-NORMALITY_IMAGES = 5000
-
-Progress = Callable[[int, int], None]
+# Consecutive batches that one worker reads, at most, where neighbours share a row group of a Parquet file.
+MAX_RUN = 64
+ROW_GROUPS_IN_A_RUN = 8
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image file and its row: the position of its class among the covered ones."""
+class Progress:
+    """How far a pass over the images is."""
 
-    path: Path
-    row: int
+    done: int  # images looked at, good or bad, those of an earlier, interrupted pass among them
+    total: int
+    classes: int  # classes of which at least one image was good
+    bad: int  # images that cannot be read
+    known: int  # images left out because the evidence has them already
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """Image files in one folder a class, matched to the model's classes."""
+class Batch:
+    """Decoded images of one batch, in groups of one size: each a full device batch, zero images at its end."""
 
-    root: Path
-    classes: tuple[int, ...]  # the model's class indices that have images, ascending
-    samples: tuple[Sample, ...]
+    number: int
+    groups: list[tuple[NDArray[np.int64], Tensor]]  # places among the good ones (n,), images (>= n, 3, h, w)
+    targets: NDArray[np.int64]  # (b,) of the good ones, as names and digests
+    names: list[str]
+    digests: NDArray[np.uint8]
+    bad: list[tuple[str, str]]
+    known: int
 
-    @classmethod
-    def scan(cls, root: str | os.PathLike[str], model: Model) -> ImageFolder:
-        """Find the images before any work is done.
 
-        A folder is named by a class's name, id or index. Raises DataError: no folders, a folder that is
-        no class, two folders of one class, fewer than two images in a class, fewer than two classes.
+@dataclass(frozen=True)
+class Reader(Dataset[Batch]):
+    """Reads and decodes batches, ranges of a source's order; what a worker process is given."""
+
+    source: Source
+    preprocessing: Preprocessing
+    batch_size: int
+    known: frozenset[bytes] = frozenset()  # digests of images to leave out
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def indices(self, number: int) -> NDArray[np.int64]:
+        """The images of a batch."""
+        return np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.source)))
+
+    def __getitem__(self, number: int) -> Batch:
+        indices = self.indices(number)
+        images: list[Tensor] = []
+        good: list[int] = []
+        digests: list[bytes] = []
+        bad: list[tuple[str, str]] = []
+        known = 0
+        for index, data in zip(indices.tolist(), self.source.read(indices), strict=True):
+            name = self.source.name(index)
+            digest = b"" if isinstance(data, DataError) else digest_of(data)
+            if digest in self.known:
+                known += 1
+                continue
+            try:
+                if isinstance(data, DataError):
+                    raise data
+                images.append(self.preprocessing.apply(decode_image(data, name))[0])
+            except DataError as error:
+                bad.append((name, str(error)))
+            else:
+                good.append(index)
+                digests.append(digest)
+        return Batch(
+            number=number,
+            groups=self._grouped(images),
+            targets=self.source.targets[good],
+            names=[self.source.name(index) for index in good],
+            digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
+            bad=bad,
+            known=known,
+        )
+
+    def _grouped(self, images: list[Tensor]) -> list[tuple[NDArray[np.int64], Tensor]]:
+        """Filled up to the batch size, where all images have one size.
+
+        Kernels are chosen by a batch's shape and sum in another order for another one: in a batch that is always
+        full, an image's features are the same to the last bit whatever lies beside it.
         """
-        root = Path(root)
-        folders = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-        if not folders:
-            raise DataError(f"'{root}' holds no folders of images, expected one for each class.")
-        files: dict[int, list[Path]] = {}
-        for folder in folders:
-            index = _class_of(folder, model)
-            if index in files:
-                raise DataError(f"'{folder}' is a second folder of class {index} ({model.labels[index]}).")
-            files[index] = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if len(files[index]) < 2:
-                found = len(files[index])
-                raise DataError(f"Class folder '{folder}' holds {found} image(s); a class needs at least 2.")
-        if len(files) < 2:
-            raise DataError(f"'{root}' holds 1 class; a table contrasts at least 2.")
-        classes = tuple(sorted(files))
-        samples = tuple(Sample(path, row) for row, index in enumerate(classes) for path in files[index])
-        return cls(root, classes, samples)
+        by_size: dict[torch.Size, list[int]] = {}
+        for place, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(place)
+        groups = []
+        for size, places in by_size.items():
+            count = len(places) if self.preprocessing.rule == "native" else self.batch_size
+            group = torch.zeros(count, *size)
+            for row, place in enumerate(places):
+                group[row] = images[place]
+            groups.append((np.array(places), group))
+        return groups
+
+
+@dataclass(frozen=True)
+class Work:
+    """A pass over images: all that decides its result."""
+
+    model: Model
+    subject: Subject
+    reader: Reader
+    note: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the source
+
+    def key(self) -> str:
+        """Digest of all that decides the result: an interrupted pass goes on only with the same."""
+        reader = self.reader
+        known = sorted(digest.hex() for digest in reader.known)
+        what = [asdict(self.subject), reader.batch_size, reader.source.fingerprint(), known]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+Found = Observation | Evidence
+
+
+class Engine(Protocol):
+    """Where the network runs."""
+
+    def observe(self, work: Work, batches: NDArray[np.int64]) -> Iterator[tuple[list[int], Found]]:
+        """What the images of these batches say: numbers of some batches and what they gave, in any order."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """On this machine: `workers` processes read and decode (0: this one does), the network runs here."""
+
+    workers: int = 0
+    device: str | torch.device = "cpu"
+
+    def observe(self, work: Work, batches: NDArray[np.int64]) -> Iterator[tuple[list[int], Found]]:
+        network = network_of(work, checked_device(self.device))
+        for batch in loader(work.reader, batches, self.workers):
+            yield [batch.number], observed(network, batch)
+
+
+def best_device() -> str:
+    """The device a build runs on where none is named."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_workers(device: str) -> int:
+    """Processes that decode: the network needs cores of its own where it runs on the processor."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2 if device == "cpu" else cores - 1)
+
+
+def network_of(work: Work, device: torch.device | None) -> GapNetwork:
+    """The network that an engine runs, once a device."""
+    return GapNetwork(work.model.module, tuple(work.subject.layers), device, work.subject.statistics_point)
+
+
+def loader(reader: Reader, batches: NDArray[np.int64], workers: int) -> DataLoader[Batch]:
+    """These batches of a reader, read by `workers` processes."""
+    return DataLoader(
+        reader,
+        batch_size=None,
+        sampler=_in_runs(batches, workers, reader),
+        num_workers=workers,
+        multiprocessing_context=reader.source.start_method if workers else None,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+    )
+
+
+def observed(network: GapNetwork, batch: Batch) -> Observation:
+    """What one batch says."""
+    features: NDArray[np.floating[Any]] = np.empty((0, 0), np.float32)
+    for places, images in batch.groups:
+        gap = network.features(images)[: len(places)].numpy()
+        if not features.size:
+            features = np.empty((len(batch.names), gap.shape[1]), gap.dtype)
+        features[places] = gap
+    return Observation(features, batch.targets, batch.names, batch.digests, batch.bad, batch.known)
+
+
+def subject_of(
+    model: Model,
+    *,
+    layers: Sequence[str] = ("*",),
+    statistics_point: str = "convolution",
+    normality: bool = True,
+    seed: int = 0,
+) -> Subject:
+    """What evidence about `model` is about; one pass of an empty image finds the layers that run.
+
+    `layers` are glob patterns of the convolutions that get into the table. Raises UnsupportedModelError, OptionError.
+    """
+    widths = convolutions(model.module)
+    running = running_layers(model.module, torch.zeros(1, 3, *model.preprocessing.size))
+    chosen = match(running, layers)
+    return Subject(
+        **_identity(model),
+        layers={name: widths[name] for name in chosen},
+        idle_layers=tuple(name for name in widths if name not in running),
+        left_out=tuple(name for name in running if name not in chosen),
+        layer_patterns=tuple(layers),
+        statistics_point=statistics_point,
+        sample_images=NORMALITY_IMAGES if normality else 0,
+        seed=seed,
+    )
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """The part of a subject that a model is."""
+    return {
+        "model_name": model.name,
+        "model_version": model.version,
+        "weights_sha256": model.weights_sha256,
+        "labels": model.labels,
+        "preprocessing": json.dumps(asdict(model.preprocessing), sort_keys=True),
+    }
+
+
+def hold_out(source: Source, share: float, seed: int) -> Source:
+    """The source without a `share` of each class's images, drawn by `seed` from its order; two of each stay."""
+    generator = np.random.default_rng(seed)
+    kept = np.ones(len(source), bool)
+    for target in source.classes:
+        mine = generator.permutation(np.flatnonzero(source.targets == target))
+        kept[mine[: min(round(share * len(mine)), max(0, len(mine) - 2))]] = False
+    return source.take(np.flatnonzero(kept))
+
+
+def note_of(source: Source, **more: Any) -> dict[str, Any]:
+    """What a manifest says of a source: a local one by the last part of its path."""
+    root = source.root if "://" in source.root else Path(source.root).name
+    return {"root": printable(root), "fingerprint": source.fingerprint(), **more}
 
 
 def build_table(
     model: Model,
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Source,
     *,
     defaults: Defaults | None = None,
+    layers: Sequence[str] = ("*",),
+    statistics_point: str = "convolution",
+    control: str = "none",
     normality: bool = True,
     seed: int = 0,
     batch_size: int = 32,
     workers: int = 0,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    max_bad: float = 0.01,
+    progress: Callable[[Progress], None] | None = None,
 ) -> SelectionTable:
-    """One pass over the images of `data`, a folder with one folder of images a class.
+    """One pass over the images of `data`, a source or what `open_source` takes, on this machine.
 
-    Memory does not grow with the number of images. `seed` draws the class-balanced subsample of at most
-    5000 images for the normality test; `normality=False` leaves that test out. `progress(done, total)` is
-    called after each batch. The table has the model's name and version. Raises DataError and
-    UnsupportedModelError, and TableError for defaults that do not fit, before any work where it can.
+    Memory does not grow with the number of images, but for their names. `layers` are glob patterns of the
+    convolutions that get into the table; `statistics_point` and `control` are as in `SelectionTable` and
+    `Evidence.table`; `seed` draws the class-balanced sample of at most 5000 images for the normality test,
+    `normality=False` leaves that test out. The table has the model's name and version. Raises DataError (also
+    when more than the share `max_bad` of the images cannot be read) and UnsupportedModelError, and TableError for
+    defaults that do not fit, before any work where it can.
     """
-    folder = ImageFolder.scan(data, model)
-    check_defaults(model.name, defaults or Defaults(), convolutions(model.module), tested=normality)
-    rows = np.array([sample.row for sample in folder.samples])
-    tested = _balanced_subsample(rows, NORMALITY_IMAGES, seed) if normality else np.zeros(len(rows), bool)
-    network = GapNetwork(model.module, checked_device(device))
-    moments: dict[str, ClassMoments] = {}
-    kept: dict[str, list[NDArray[np.float32]]] = {}
-    done = 0
-    for indices, images in _batches(folder.samples, model.preprocessing, batch_size, workers):
-        features = network.features(images)
-        for layer, gap in features.items():
-            if layer not in moments:
-                moments[layer] = ClassMoments(len(folder.classes), gap.shape[1])
-                kept[layer] = []
-            moments[layer].update(gap, rows[indices])
-            if tested[indices].any():
-                kept[layer].append(gap[tested[indices]].astype(np.float32))
-        done += len(indices)
+    source = open_source(data, model) if isinstance(data, str | os.PathLike) else data
+    subject = subject_of(model, layers=layers, statistics_point=statistics_point, normality=normality, seed=seed)
+    check_defaults(model.name, defaults or Defaults(), subject.layers, tested=normality)
+    work = Work(model, subject, Reader(source, model.preprocessing, batch_size), note_of(source))
+    evidence = gather(work, Local(workers, device), max_bad=max_bad, progress=progress)
+    return evidence.table(defaults or Defaults(), control)
+
+
+def gather(
+    work: Work,
+    engine: Engine,
+    *,
+    max_bad: float = 0.01,
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Evidence:
+    """The evidence of all of the work's images, each counted exactly once, going on from `checkpoint` if there is one.
+
+    Raises DataError when more than the share `max_bad` of the images cannot be read. Before that error, and
+    before an interruption (KeyboardInterrupt) passes on, the checkpoint is written. Raises EvidenceError, before
+    any work, for a model that is not the subject's.
+    """
+    _require_subject(work)
+    reader = work.reader
+    sizes = np.array([len(reader.indices(number)) for number in range(len(reader))])
+    resumed = checkpoint.restore() if checkpoint else None
+    evidence, done = resumed or (Evidence(work.subject, reader.source.classes), np.zeros(len(reader), bool))
+    covered = np.zeros(len(work.subject.labels), bool)
+    covered[evidence.targets] = True
+
+    def report() -> None:
         if progress is not None:
-            progress(done, len(rows))
-    layers = {
-        layer: LayerTable.from_moments(moments[layer], np.concatenate(kept[layer]) if normality else None)
-        for layer in convolutions(model.module)
-        if layer in moments
-    }
-    return SelectionTable(
-        name=model.name,
-        version=model.version,
-        model_name=model.name,
-        weights_sha256=model.weights_sha256,
-        labels=model.labels,
-        classes=folder.classes,
-        layers=layers,
-        images_per_class=tuple(int(n) for n in np.bincount(rows, minlength=len(folder.classes))),
-        defaults=defaults or Defaults(),
-        idle_layers=tuple(name for name in convolutions(model.module) if name not in moments),
-        built={
-            "by": f"parchgrad {parchgrad.__version__}",
-            "data": folder.root.name,
-            "images": len(rows),
-            "feature": "mean of ReLU of the convolution's output, before normalisation",
-            "test": "one-sided Welch t, class against all other images",
-            "normality": {"images": int(tested.sum()), "seed": seed} if normality else None,
-        },
-    )
+            looked_at, classes = int(sizes[done].sum()), int(covered.sum())
+            progress(Progress(looked_at, len(reader.source), classes, len(evidence.bad), evidence.known))
 
-
-class GapNetwork:
-    """A model that answers with the GAP features of its convolutions."""
-
-    def __init__(self, module: nn.Module, device: torch.device | None) -> None:
-        self._module = private_view(module, device)
-        self._device = device
-        self._found: dict[str, Tensor] = {}
-        for name in convolutions(module):
-            self._module.get_submodule(name).register_forward_hook(self._hook(name))
-
-    def features(self, images: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Layer name -> GAP features `(B, C)` of normalised `images` `(B, 3, h, w)`, for layers that ran."""
-        self._found = {}
-        with torch.inference_mode():
-            self._module(images.to(self._device))
-        return {name: gap.double().cpu().numpy() for name, gap in self._found.items()}
-
-    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            if name in self._found:
-                raise UnsupportedModelError(
-                    f"Layer '{name}' runs twice in one forward pass; its GAP feature would be ambiguous."
-                )
-            self._found[name] = gap_features(output)
-
-        return hook
-
-
-class _Images(Dataset[tuple[int, "Tensor | DataError"]]):
-    def __init__(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> None:
-        self._samples, self._preprocessing = samples, preprocessing
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | DataError]:
-        # An error raised in a worker process would arrive wrapped in that process's traceback.
-        try:
-            return index, self._preprocessing.apply(read_image(self._samples[index].path))[0]
-        except DataError as error:
-            return index, error
-
-
-def _batches(
-    samples: Sequence[Sample], preprocessing: Preprocessing, batch_size: int, workers: int
-) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Indices and images `(B, 3, h, w)`; images of one size each, where sizes differ."""
-    loader: DataLoader[Any] = DataLoader(
-        _Images(samples, preprocessing), batch_size=batch_size, num_workers=workers, collate_fn=list
-    )
-    for batch in loader:
-        by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-        for index, image in batch:
-            if isinstance(image, DataError):
-                raise image
-            by_size.setdefault(image.shape, []).append((index, image))
-        for group in by_size.values():
-            yield np.array([index for index, _ in group]), torch.stack([image for _, image in group])
-
-
-def _class_of(folder: Path, model: Model) -> int:
+    report()
     try:
-        return model.class_index(folder.name)
-    except UnknownTargetError as error:
-        raise DataError(f"Folder '{folder}' is named after no class of model '{model.name}': {error}") from error
+        for numbers, found in engine.observe(work, np.flatnonzero(~done)):
+            if done[numbers].any():
+                raise EvidenceError(f"Batches {numbers} came back twice; their images would count twice.")
+            with _interrupts_held():
+                evidence.add(found) if isinstance(found, Evidence) else evidence.observe(found)
+                covered[found.targets] = True
+                done[numbers] = True
+            report()
+            _require_readable(evidence, len(reader.source), max_bad)
+            if checkpoint:
+                checkpoint.save_if_due(evidence, done)
+    except (KeyboardInterrupt, DataError):
+        if checkpoint:
+            checkpoint.save(evidence, done)
+        raise
+    evidence.sources = [{**work.note, "images": evidence.images}]
+    return evidence.in_order()
 
 
-def _balanced_subsample(rows: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.bool_]:
-    """All images up to `limit`; of more, equal numbers from each class, or all of a class that has fewer."""
-    if len(rows) <= limit:
-        return np.ones(len(rows), bool)
-    generator = np.random.default_rng(seed)
-    chosen = np.zeros(len(rows), bool)
-    quota = max(1, limit // len(np.unique(rows)))
-    for row in np.unique(rows):
-        members = np.flatnonzero(rows == row)
-        chosen[generator.permutation(members)[:quota]] = True
-    # More classes than the limit holds: one an image, then cut to the limit at random.
-    return chosen if chosen.sum() <= limit else _keep_random(chosen, limit, generator)
+def _require_subject(work: Work) -> None:
+    """A table's evidence grows only by what this very model says. Raises EvidenceError."""
+    require_same(work.subject, replace(work.subject, **_identity(work.model)))
 
 
-def _keep_random(chosen: NDArray[np.bool_], limit: int, generator: np.random.Generator) -> NDArray[np.bool_]:
-    kept = np.zeros_like(chosen)
-    kept[generator.permutation(np.flatnonzero(chosen))[:limit]] = True
-    return kept
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the block's end: half of a batch must not get into a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    waiting: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    # None: set by no Python code, so not ours to put back.
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not None}
+    try:
+        for number in before:
+            signal.signal(number, lambda held, frame: waiting.append(held))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held in waiting:
+            signal.raise_signal(held)
+
+
+def _require_readable(evidence: Evidence, total: int, max_bad: float) -> None:
+    if len(evidence.bad) > max_bad * total:
+        first = " ".join(reason for _, reason in sorted(evidence.bad)[:3])
+        raise DataError(
+            f"{len(evidence.bad)} of {total} images cannot be read, more than the {max_bad:.2%} allowed. {first}"
+        )
+
+
+def _in_runs(batches: NDArray[np.int64], workers: int, reader: Reader) -> list[int]:
+    """The batches in an order in which each of `workers`, who take turns, gets neighbours one after the other.
+
+    As many neighbours as fill several row groups of a Parquet file, so that few groups are read twice.
+    """
+    together = reader.source.run_length
+    run = min(MAX_RUN, ROW_GROUPS_IN_A_RUN * -(-together // reader.batch_size)) if together > 1 else 1
+    whole = len(batches) // (max(1, workers) * run) * max(1, workers) * run
+    in_runs = batches[:whole].reshape(-1, max(1, workers), run).swapaxes(1, 2).ravel()
+    return [int(number) for number in (*in_runs, *batches[whole:])]
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    # Control-C reaches every process of the terminal, a scheduler's SIGTERM every process of a job; the parent ends
+    # its workers in order, and would take one that ended by itself for a crash.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -27,6 +27,14 @@ class DataError(ParchGradError):
     """The images a table is built from are missing, unreadable or wrongly labelled."""
 
 
+class EvidenceError(ParchGradError):
+    """Evidence that a table is built from cannot be read, or does not belong together."""
+
+
+class ClusterError(ParchGradError):
+    """A cluster cannot be reached, has no room, or failed; or Ray is not installed."""
+
+
 class GoldenError(ParchGradError):
     """The golden record is missing, or the model no longer reproduces it."""
 

@@ -147,7 +147,7 @@ class Explainer:
             "noise": noise, "noise_seed": noise_seed,
         }  # fmt: skip
         options = per_image(len(images), self.table.defaults, given)
-        self._check_normality(options)
+        self._check_statistics(options)
         chosen = self._target_indices(targets, len(images))
         plan = self._plan(options)
         if uncovered == "raise":
@@ -286,10 +286,13 @@ class Explainer:
             raise OptionError("images", images.dtype, f"{self._runtime.dtype}, as the model's weights")
         return images
 
-    def _check_normality(self, options: list[Options]) -> None:
-        tested = all(layer.normality_p is not None for layer in self.table.layers.values())
-        if not tested and any(o.normality_filter for o in options):
+    def _check_statistics(self, options: list[Options]) -> None:
+        if not self.table.normality_tested and any(o.normality_filter for o in options):
             raise OptionError("normality_filter", True, f"false: table '{self.table.name}' holds no normality test")
+        if self.table.statistics_point != "convolution" and any(o.rule and o.selection == "instance" for o in options):
+            raise OptionError(
+                "selection", "instance", f"class: table '{self.table.name}' has its statistics after the activation"
+            )
 
     def _target_indices(self, targets: Target | Sequence[Target] | Tensor, batch: int) -> Tensor:
         if isinstance(targets, (Tensor, np.ndarray)):

@@ -1,12 +1,17 @@
-"""Files of ours: their digest, and tensors written whole or not at all."""
+"""Files of ours: their digest, and files and folders written whole or not at all."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,17 +24,97 @@ def file_sha256(path: Path) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file beside its place, then rename it: a crash leaves the old file or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Cloned: safetensors refuses tensors that share memory, as the state dicts of tied weights do.
-    owned = {key: value.contiguous().clone() for key, value in tensors.items()}
-    save_file(owned, temporary, metadata=dict(metadata) if metadata else None)
-    # safetensors creates files only their owner can read; a service often runs as another user.
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
+    owned: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        tensor = value.contiguous()
+        storage = tensor.untyped_storage()
+        # safetensors refuses tensors that share memory, as the state dicts of tied weights do.
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        owned[key] = tensor
+    with _beside(path) as temporary:
+        try:
+            save_file(owned, temporary, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            # What the system said, such as a full disk.
+            raise OSError(f"{error}, writing '{path}'") from error
+        # safetensors creates files only their owner can read; a service often runs as another user.
+        temporary.chmod(0o644)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file beside its place, then rename it."""
+    with _beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, renamed to `path` when the block ends well, else removed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes `target`'s place when the block ends well; otherwise nothing has changed.
+
+    What stood at `target` before is exchanged in one step where the system can (Linux), so that neither a crash
+    nor a full disk ever leaves half a folder, and then removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as made:
+        staged = Path(made) / target.name
+        staged.mkdir()
+        yield staged
+        for path in staged.rglob("*"):
+            _flush(path)
+        if not target.exists():
+            staged.rename(target)
+        elif not _exchange(staged, target):
+            # Without the system call: for a moment the place is empty, never half full.
+            before = Path(made) / "before"
+            try:
+                target.rename(before)
+                staged.rename(target)
+            finally:
+                if before.exists() and not target.exists():
+                    before.rename(target)
+        _flush(target.parent)
+
+
+def copy_or_link(source: Path, target: Path) -> None:
+    """The same file under a second name; copied where the file system knows no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or folder to the disk: a rename may otherwise outlive a power cut that its contents do not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step (renameat2(2)); False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

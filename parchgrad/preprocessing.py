@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,14 +140,25 @@ def read_image(path: str | os.PathLike[str]) -> Image:
 
     Raises DataError when Pillow cannot read it.
     """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"Image '{os.fspath(path)}' cannot be read: {error}.") from error
+    return decode_image(data, os.fspath(path))
+
+
+def decode_image(data: bytes, name: str) -> Image:
+    """An upright RGB image from the bytes of a trusted file called `name`. Raises DataError."""
     import PIL.Image
     from PIL import ImageOps
 
     try:
-        with PIL.Image.open(path) as file:
+        with PIL.Image.open(io.BytesIO(data)) as file:
             upright: Image = ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"Image '{os.fspath(path)}' cannot be read: {error}.") from error
+        # Pillow names a stream by its address in memory.
+        reason = "it is no image Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else error
+        raise DataError(f"Image '{name}' cannot be read: {reason}.") from error
     return upright
 
 

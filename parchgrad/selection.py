@@ -7,6 +7,7 @@ replaces it wherever it is not NaN. Masks are bool `(B, C)`; an empty mask is a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,22 @@ def channels_of_quantile(quantile: float, channels: int) -> int:
     28.999999999999996, and a quantile that came as float32 selects what the same decimal does as float64.
     """
     return max(1, min(channels, math.floor(quantile * channels * (1 + 1e-6))))
+
+
+def best_ranked(rank: Tensor, rows: Tensor, count: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Class-wise by quantile, for all layers of a table at once: a mask `(B, C)` for each.
+
+    `rank` `(K, N)` int16 are the table's ranks, layers of these `widths` side by side; `rows` `(B,)` each image's
+    row, `count` `(B, L)` how many channels it selects in each layer, 0 for none. Only the batch's own rows are
+    read, in the type they are stored in.
+    """
+    ranks = rank.index_select(0, rows)
+    wanted = count.to(rank.dtype)
+    masks, start = [], 0
+    for layer, width in enumerate(widths):
+        masks.append(ranks.narrow(1, start, width) < wanted.narrow(1, layer, 1))
+        start += width
+    return masks
 
 
 def by_class(rank: Tensor, log_p: Tensor | None, count: Tensor, log_alpha: Tensor) -> Tensor:

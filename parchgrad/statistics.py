@@ -5,69 +5,231 @@ NumPy in float64 only; no model, no files. `K` classes, `C` channels throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
 Array = NDArray[np.float64]
+Pair = tuple[Array, Array]  # the number `high + low`, unevaluated; |low| is at most half the last place of high
+
+_BLOCK = 8192  # elements worked on at once, so that the temporaries of a step stay in the processor's cache
 
 
 class ClassMoments:
-    """Count, mean and sum of squared deviations of each channel's GAP feature, per class.
+    """Count, sum and sum of squares of each channel's GAP feature, per class.
 
-    Streaming (`update`) and mergeable (`merge`) by the pairwise formulas of Chan, Golub, LeVeque (1983):
-    no cancellation however large the mean, and the same result for any split of the data.
+    The sums are pairs of float64 (106 bits; Dekker 1971, Knuth's TwoSum), and the square of a float32 is exact
+    in float64. So for float32 features every sum is exact while the features of one class and channel, zeros
+    aside, lie within about six decimal orders of each other: any order, split or grouping of the images gives
+    the same bits. Features spread wider, and float64 features, leave a relative error near 2^-100 in the sum
+    of squares, which `mean()` and `m2()` round away.
 
-    Attributes: `count` `(K,)`, `mean` `(K, C)`, `m2` `(K, C)`.
+    Attributes: `count` `(K,)` int64; `sum`, `sum_low`, `squares`, `squares_low` `(K, C)` float64, where
+    `sum + sum_low` is the sum and `squares + squares_low` the sum of squares.
     """
 
     def __init__(self, classes: int, channels: int) -> None:
-        self.count: Array = np.zeros(classes)
-        self.mean: Array = np.zeros((classes, channels))
-        self.m2: Array = np.zeros((classes, channels))
+        self.count: NDArray[np.int64] = np.zeros(classes, np.int64)
+        self.sum: Array = np.zeros((classes, channels))
+        self.sum_low: Array = np.zeros((classes, channels))
+        self.squares: Array = np.zeros((classes, channels))
+        self.squares_low: Array = np.zeros((classes, channels))
 
-    def update(self, features: NDArray[np.floating], labels: NDArray[np.integer]) -> None:
-        """Add images: `features` `(B, C)`, `labels` `(B,)` in `0..K-1`."""
-        features = np.asarray(features, dtype=np.float64)
-        for label in np.unique(labels):
-            rows = features[labels == label]
-            # Around the first row, so that a constant channel has exactly no variance.
-            mean = rows[0] + (rows - rows[0]).mean(axis=0)
-            self._merge_class(int(label), len(rows), mean, ((rows - mean) ** 2).sum(axis=0))
+    def update(self, features: NDArray[np.floating], rows: NDArray[np.integer]) -> None:
+        """Add images: `features` `(B, C)`, `rows` `(B,)` in `0..K-1`."""
+        features, rows = np.asarray(features), np.asarray(rows)
+        groups = [(int(row), np.flatnonzero(rows == row)) for row in np.unique(rows)]
+        for row, images in groups:
+            self.count[row] += len(images)
+        for columns in _slices(self.sum.shape[1], _BLOCK):
+            running = _RunningSums(columns.stop - columns.start)
+            for row, images in groups:
+                here = self._view(slice(row, row + 1), columns)
+                running.start(here)
+                for image in images:
+                    running.add(features[image, columns])
+                running.store(here)
+
+    def add(self, other: ClassMoments, rows: NDArray[np.integer]) -> None:
+        """Add in place: row `i` of `other` `(R, C)` to the row `rows[i]` of this; `rows` `(R,)` may repeat."""
+        everything = slice(None)
+        for source in np.flatnonzero(other.count).tolist():
+            here = self._view(slice(rows[source], rows[source] + 1), everything)
+            here._set(_add(here, other._view(slice(source, source + 1), everything)))
 
     def merge(self, other: ClassMoments) -> ClassMoments:
-        """The moments of both data sets together; neither input changes."""
-        merged = ClassMoments(*self.mean.shape)
+        """The moments of both data sets together, row by row; neither input changes."""
+        merged = ClassMoments(*self.sum.shape)
         for part in (self, other):
-            for label in np.flatnonzero(part.count):
-                merged._merge_class(int(label), float(part.count[label]), part.mean[label], part.m2[label])
+            merged.add(part, np.arange(len(part.count)))
         return merged
 
-    def total(self) -> tuple[float, Array, Array]:
-        """Count, mean `(C,)` and m2 `(C,)` over all classes."""
-        return _fold(zip(self.count, self.mean, self.m2, strict=True), self.mean.shape[1])[-1]
+    def columns(self, start: int, stop: int) -> ClassMoments:
+        """The channels `start..stop-1`, such as one layer's: a view, no copy."""
+        return self._view(slice(None), slice(start, stop))
+
+    def mean(self) -> Array:
+        """`(K, C)`, rounded once; NaN for a class without images."""
+        result = np.empty_like(self.sum)
+        for rows in self._row_blocks():
+            part = self._view(rows, slice(None))
+            result[rows] = _quotient((part.sum, part.sum_low), part.count[:, None])
+        return result
+
+    def m2(self) -> Array:
+        """Sum of squared deviations from the mean, `(K, C)`, rounded once; exactly 0 for a constant channel."""
+        result = np.empty_like(self.sum)
+        for rows in self._row_blocks():
+            result[rows] = _m2(self._view(rows, slice(None)))
+        return result
+
+    def total(self) -> ClassMoments:
+        """All classes together, in one row."""
+        total = ClassMoments(1, self.sum.shape[1])
+        total.add(self, np.zeros(len(self.count), np.int64))
+        return total
 
     def rest(self) -> ClassMoments:
-        """For each class the moments of *all other* classes.
-
-        Merged from those before and those after it rather than subtracted from the total: a channel that
-        is constant outside one class keeps its exact zero variance there.
-        """
-        rows = list(zip(self.count, self.mean, self.m2, strict=True))
-        channels = self.mean.shape[1]
-        before = _fold(rows, channels)
-        after = _fold(reversed(rows), channels)[::-1]
-        rest = ClassMoments(*self.mean.shape)
-        for label in range(len(rows)):
-            for count, mean, m2 in (before[label], after[label + 1]):
-                rest._merge_class(label, count, mean, m2)
+        """For each class the moments of *all other* classes: the total less the class, exactly."""
+        total, rest = self.total(), ClassMoments(*self.sum.shape)
+        for rows in self._row_blocks():
+            rest._view(rows, slice(None))._set(_subtract(total, self._view(rows, slice(None))))
         return rest
 
-    def _merge_class(self, label: int, count: float, mean: Array, m2: Array) -> None:
-        here = (float(self.count[label]), self.mean[label], self.m2[label])
-        self.count[label], self.mean[label], self.m2[label] = _merge(here, (count, mean, m2))
+    def _view(self, rows: slice, columns: slice) -> ClassMoments:
+        return _moments(
+            self.count[rows],
+            (self.sum[rows, columns], self.sum_low[rows, columns]),
+            (self.squares[rows, columns], self.squares_low[rows, columns]),
+        )
+
+    def _set(self, other: ClassMoments) -> None:
+        """Take over the values of `other`, of the same shape, in place."""
+        self.count[...] = other.count
+        self.sum[...], self.sum_low[...] = other.sum, other.sum_low
+        self.squares[...], self.squares_low[...] = other.squares, other.squares_low
+
+    def _row_blocks(self) -> Iterator[slice]:
+        return _slices(len(self.count), max(1, _BLOCK // max(1, self.sum.shape[1])))
+
+
+def _moments(count: NDArray[np.int64], sums: Pair, squares: Pair) -> ClassMoments:
+    moments = ClassMoments(0, 0)
+    moments.count = count
+    moments.sum, moments.sum_low = sums
+    moments.squares, moments.squares_low = squares
+    return moments
+
+
+def _add(a: ClassMoments, b: ClassMoments) -> ClassMoments:
+    return _moments(
+        a.count + b.count,
+        _add_pairs((a.sum, a.sum_low), (b.sum, b.sum_low)),
+        _add_pairs((a.squares, a.squares_low), (b.squares, b.squares_low)),
+    )
+
+
+def _subtract(a: ClassMoments, b: ClassMoments) -> ClassMoments:
+    return _moments(
+        a.count - b.count,
+        _add_pairs((a.sum, a.sum_low), (-b.sum, -b.sum_low)),
+        _add_pairs((a.squares, a.squares_low), (-b.squares, -b.squares_low)),
+    )
+
+
+def _m2(moments: ClassMoments) -> Array:
+    """(n S2 - S1^2) / n in pairs: the cancellation costs none of the 53 bits that are kept."""
+    n = moments.count[:, None].astype(np.float64)
+    s1, s1_low = moments.sum, moments.sum_low
+    s2, s2_low = moments.squares, moments.squares_low
+    spread, spread_low = _two_product(n, s2)
+    square, square_low = _two_product(s1, s1)
+    m2 = _add_pairs(_two_sum(spread, spread_low + n * s2_low), _two_sum(-square, -square_low - 2 * s1 * s1_low))
+    # What is left of a constant is at most the rounding of a pair. No float32 variance is as small: one image
+    # that differs in its last bit gives 2^-48 / n of the sum of squares.
+    return np.where(m2[0] <= 2.0**-96 * spread, 0.0, _quotient(m2, n))
+
+
+class _RunningSums:
+    """The two sums of one class while images are added, side by side in `(2, C)` arrays, without temporaries."""
+
+    def __init__(self, channels: int) -> None:
+        self.high, self.low, self.value, self.total, self.shift = (np.empty((2, channels)) for _ in range(5))
+
+    def start(self, moments: ClassMoments) -> None:
+        """From the one row of `moments`."""
+        self.high[0], self.high[1] = moments.sum[0], moments.squares[0]
+        self.low[0], self.low[1] = moments.sum_low[0], moments.squares_low[0]
+
+    def add(self, features: NDArray[np.floating]) -> None:
+        """One image, `(C,)`: TwoSum of `high` and (x, x^2), whose error goes to `low`."""
+        self.value[0] = features
+        np.multiply(self.value[0], self.value[0], out=self.value[1])
+        if features.dtype != np.float32:
+            self.low[1] += _two_product(self.value[0], self.value[0])[1]
+        self._two_sum(self.value)
+        np.add(self.low, self.value, out=self.low)
+
+    def store(self, moments: ClassMoments) -> None:
+        """Into the one row of `moments`, each pair in its only normal form."""
+        self._two_sum(self.low)
+        moments.sum[0], moments.squares[0] = self.high
+        moments.sum_low[0], moments.squares_low[0] = self.low
+
+    def _two_sum(self, value: Array) -> None:
+        """`high += value`, and `value` becomes the rounding error of that (Knuth)."""
+        high, total, shift = self.high, self.total, self.shift
+        np.add(high, value, out=total)
+        np.subtract(total, high, out=shift)
+        np.subtract(value, shift, out=value)
+        np.subtract(total, shift, out=shift)
+        np.subtract(high, shift, out=high)
+        np.add(value, high, out=value)
+        self.high, self.total = total, high
+
+
+def _two_sum(a: Array, b: Array) -> Pair:
+    """a + b exactly (Knuth)."""
+    total = a + b
+    shift = total - a
+    return total, (a - (total - shift)) + (b - shift)
+
+
+def _two_product(a: Array, b: Array) -> Pair:
+    """a * b exactly (Dekker; factors beyond 1e300 overflow)."""
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def _halves(a: Array) -> Pair:
+    """a as the sum of two numbers of 26 bits (Veltkamp)."""
+    scaled = 134217729.0 * a  # 2^27 + 1
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+def _add_pairs(a: Pair, b: Pair) -> Pair:
+    """a + b; exact where the sum fits a pair."""
+    high, error = _two_sum(a[0], b[0])
+    low, low_error = _two_sum(a[1], b[1])
+    high, error = _two_sum(high, error + low)
+    return _two_sum(high, error + low_error)
+
+
+def _quotient(a: Pair, n: NDArray[np.integer] | Array) -> Array:
+    """a / n rounded once; NaN for n = 0."""
+    divisor = np.where(n == 0, np.nan, np.asarray(n, np.float64))
+    quotient = a[0] / divisor
+    product, error = _two_product(quotient, divisor)
+    return np.asarray(quotient + ((a[0] - product) - error + a[1]) / divisor)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def welch_log_p(moments: ClassMoments) -> tuple[Array, Array]:
@@ -77,11 +239,19 @@ def welch_log_p(moments: ClassMoments) -> tuple[Array, Array]:
     otherwise (`scipy.stats.ttest_ind` gives NaN for equal means: no evidence, so we say p = 1).
     A class with fewer than two images, or fewer than two outside it, has NaN throughout.
     """
-    rest = moments.rest()
-    n1, n2 = moments.count[:, None], rest.count[:, None]
+    total = moments.total()
+    t, log_p = np.empty_like(moments.sum), np.empty_like(moments.sum)
+    for rows in moments._row_blocks():
+        part = moments._view(rows, slice(None))
+        t[rows], log_p[rows] = _welch(part, _subtract(total, part))
+    return t, log_p
+
+
+def _welch(inside: ClassMoments, rest: ClassMoments) -> tuple[Array, Array]:
+    n1, n2 = inside.count[:, None].astype(np.float64), rest.count[:, None].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        v1, v2 = moments.m2 / (n1 - 1) / n1, rest.m2 / (n2 - 1) / n2
-        difference = moments.mean - rest.mean
+        v1, v2 = _m2(inside) / (n1 - 1) / n1, _m2(rest) / (n2 - 1) / n2
+        difference = _quotient((inside.sum, inside.sum_low), n1) - _quotient((rest.sum, rest.sum_low), n2)
         t = np.where(difference == 0, 0.0, difference / np.sqrt(v1 + v2))
         df = (v1 + v2) ** 2 / (v1**2 / (n1 - 1) + v2**2 / (n2 - 1))
     constant = v1 + v2 == 0
@@ -90,19 +260,63 @@ def welch_log_p(moments: ClassMoments) -> tuple[Array, Array]:
     return np.where(testable, t, np.nan), np.where(testable, log_p, np.nan)
 
 
-def log_t_sf(t: Array, df: Array) -> Array:
-    """log P(T > t) of Student's t, also where `scipy.stats.t.logsf` underflows to -inf.
+def benjamini_hochberg(log_p: Array) -> Array:
+    """log of the Benjamini-Hochberg adjusted p-values within each row, `(K, C)` -> `(K, C)`.
 
-    The tail is `I_x(df/2, 1/2) / 2` with `x = df / (df + t^2)`; where SciPy's value vanishes, the continued
-    fraction of the incomplete beta function (DLMF 8.17.22) is taken in logarithms.
+    log q of the i-th smallest is the least of `log p_(j) + log(C / j)` over j >= i, so at most 0 (Benjamini and
+    Hochberg 1995; `scipy.stats.false_discovery_control`), in logarithms because p underflows. A row of NaN,
+    a class without a test, stays NaN.
+    """
+    channels = log_p.shape[1]
+    order = np.argsort(log_p, axis=1, kind="stable")
+    adjusted = np.take_along_axis(log_p, order, axis=1)
+    adjusted += np.log(channels / np.arange(1.0, channels + 1))
+    adjusted = np.minimum.accumulate(adjusted[:, ::-1], axis=1)[:, ::-1]
+    result = np.empty_like(log_p)
+    np.put_along_axis(result, order, adjusted, axis=1)
+    return result
+
+
+def log_t_sf(t: Array, df: Array) -> Array:
+    """log P(T > t) of Student's t, to full relative accuracy also where p underflows or is next to 1.
+
+    SciPy's tail where it is near; beyond, the logarithm of the incomplete beta function (`_log_far_tail`).
     """
     t, df = np.broadcast_arrays(np.asarray(t, np.float64), np.asarray(df, np.float64))
+    distance = np.abs(t)
+    far = (distance >= _FAR) & np.isfinite(distance)
+    log_tail = np.empty(t.shape)
+    log_tail[far] = _log_far_tail(distance[far], df[far])
     with np.errstate(divide="ignore"):
-        result = np.log(stats.t.sf(t, df))
-    # Below the smallest normal double SciPy's value has lost digits.
-    far = np.isfinite(t) & (result < -690.0)
-    result[far] = _log_t_sf_far(t[far], df[far])
-    return np.asarray(result)
+        log_tail[~far] = np.log(special.stdtr(df[~far], -distance[~far]))
+    below = t < 0
+    log_tail[below] = np.log1p(-np.exp(log_tail[below]))
+    return log_tail
+
+
+_FAR = 8.0  # from here on the continued fraction needs few steps, and is faster than SciPy's tail
+_STEPS = 20  # its truncation is then below 20! / 8^40 = 2e-18 of p
+
+
+def _log_far_tail(t: Array, df: Array) -> Array:
+    """log P(T > t) for finite t >= _FAR, from P(T > t) = I_x(a, 1/2) / 2 with a = df / 2, x = df / (df + t^2).
+
+    I_x(a, 1/2) = x^a (1 - x)^(-1/2) F(1/2, 1; a + 1; -df / t^2) / (a B(a, 1/2))  (DLMF 8.17.7, 15.8.1), where F is
+    Gauss's continued fraction (DLMF 15.7.1 with b = 0), here from its last step to its first.
+    """
+    a = df / 2
+    ratio = t / np.sqrt(df)
+    small = np.minimum(ratio, 1 / ratio)  # the square of a large ratio would overflow
+    log_1_plus_square = np.log1p(small * small) + 2 * np.log(np.maximum(ratio, 1.0))
+    inverse_square = 1 / ratio / ratio
+    fraction = a + _STEPS
+    for step in range(_STEPS, 0, -1):
+        half = step // 2
+        factor = (half + 0.5) * (a + half) if step % 2 else half * (a - 0.5 + half)
+        fraction = a + (step - 1) + factor * inverse_square / fraction
+    # special.poch(a + 1/2, 1/2) is Gamma(a + 1) / Gamma(a + 1/2), so a B(a, 1/2) / sqrt(pi).
+    rest = np.log(ratio * (fraction / a) * special.poch(a + 0.5, 0.5)) + 0.5 * np.log(4 * np.pi)
+    return np.asarray((0.5 - a) * log_1_plus_square - rest)
 
 
 def normality_p(features: NDArray[np.floating]) -> Array:
@@ -131,56 +345,3 @@ def ranks(log_p: Array, t: Array) -> NDArray[np.int16]:
     rank = np.empty(order.shape, np.int16)
     np.put_along_axis(rank, order, np.arange(order.shape[1], dtype=np.int16)[None, :], axis=1)
     return rank
-
-
-_Moments = tuple[float, Array, Array]
-
-
-def _merge(a: _Moments, b: _Moments) -> _Moments:
-    """Chan et al.: count, mean and m2 of two disjoint sets together."""
-    (n1, mean1, m1), (n2, mean2, m2) = a, b
-    if n2 == 0:
-        return a
-    if n1 == 0:
-        return b
-    n = n1 + n2
-    delta = mean2 - mean1
-    return n, mean1 + delta * (n2 / n), m1 + m2 + delta**2 * (n1 * n2 / n)
-
-
-def _fold(rows: Iterable[_Moments], channels: int) -> list[_Moments]:
-    """Running merges: element i holds the first i rows."""
-    running: list[_Moments] = [(0.0, np.zeros(channels), np.zeros(channels))]
-    for row in rows:
-        running.append(_merge(running[-1], row))
-    return running
-
-
-def _log_t_sf_far(t: Array, df: Array) -> Array:
-    a, b, x = df / 2, 0.5, df / (df + t * t)
-    log_front = -a * np.log1p(t * t / df) + b * np.log(t * t / (df + t * t)) - np.log(a) - special.betaln(a, b)
-    return np.asarray(log_front + np.log(_beta_fraction(a, b, x)) - np.log(2.0))
-
-
-def _beta_fraction(a: Array, b: float, x: Array) -> Array:
-    """Continued fraction of the incomplete beta function, by the modified Lentz method."""
-    tiny = 1e-300
-    c = np.ones_like(x)
-    d = 1 / _nonzero(1 - (a + b) * x / (a + 1), tiny)
-    value = d.copy()
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        step = np.ones_like(x)
-        for term in (even, odd):
-            d = 1 / _nonzero(1 + term * d, tiny)
-            c = _nonzero(1 + term / c, tiny)
-            step = c * d
-            value *= step
-        if np.all(np.abs(step - 1) < 1e-15):
-            break
-    return value
-
-
-def _nonzero(value: Array, tiny: float) -> Array:
-    return np.where(np.abs(value) < tiny, tiny, value)

@@ -1,8 +1,9 @@
 """A selection table: per layer, class and channel, how strongly the channel belongs to the class.
 
-Holds, validates, saves and loads tables and chooses channels from them (method.md section 1). It runs no
-model. On disk a table is a folder with `table.safetensors`, tensors named `<layer>/<field>`, and
-`manifest.json`, everything a reader needs to trust them.
+Holds, validates, saves and loads tables (method.md section 1). It runs no model. On disk a table is a folder with
+`table.safetensors`, one tensor a field with the channels of all layers side by side, so that a class's ranks are one
+piece of the file, and `manifest.json`, everything a reader needs to trust them. The tensors are mapped into
+memory, not read: a table costs what is used of it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,10 +28,10 @@ from parchgrad.errors import OptionError, TableError, UncoveredTargetError
 from parchgrad.files import file_sha256, write_tensors, write_text
 from parchgrad.layers import convolutions, match
 from parchgrad.rule import CONSERVE, is_gamma
-from parchgrad.statistics import ClassMoments, normality_p, ranks, welch_log_p
+from parchgrad.statistics import ClassMoments, benjamini_hochberg, normality_p, ranks, welch_log_p
 from parchgrad.versions import resolve_version
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_FILE = "table.safetensors"
 MANIFEST_FILE = "manifest.json"
 
@@ -37,6 +39,13 @@ MANIFEST_FILE = "manifest.json"
 NORMALITY_LEVEL = 0.05
 
 SELECTIONS = ("class", "instance")
+
+# Where a GAP feature is taken: of the convolution's own output (the paper's), or of what the network's own
+# normalisation and activation make of it.
+STATISTICS_POINTS = ("convolution", "activation")
+
+# What stands for the p-values: as they are, or adjusted for the false discovery rate within class and layer.
+CONTROLS = ("none", "benjamini_hochberg")
 
 Quantile = float | Mapping[str, float]
 
@@ -88,16 +97,22 @@ class LayerTable:
         return int(self.log_p.shape[1])
 
     @classmethod
-    def from_moments(cls, moments: ClassMoments, subsample: np.ndarray[Any, Any] | None = None) -> LayerTable:
-        """`moments` of the covered classes; `subsample` `(n, C)` GAP features for the normality test."""
+    def from_moments(
+        cls, moments: ClassMoments, sample: np.ndarray[Any, Any] | None = None, control: str = "none"
+    ) -> LayerTable:
+        """`moments` of the covered classes; `sample` `(n, C)` GAP features for the normality test.
+
+        `control` `benjamini_hochberg` replaces each class's p-values by those adjusted for the layer's number of
+        channels (false discovery rate); the order of the channels stays.
+        """
         t, log_p = welch_log_p(moments)
-        count, mean, m2 = moments.total()
+        total = moments.total()
         return cls(
-            log_p=torch.from_numpy(log_p),
+            log_p=torch.from_numpy(benjamini_hochberg(log_p) if control == "benjamini_hochberg" else log_p),
             rank=torch.from_numpy(ranks(log_p, t)),
-            mean=torch.from_numpy(mean),
-            std=torch.from_numpy(np.sqrt(m2 / (count - 1))),
-            normality_p=None if subsample is None else torch.from_numpy(normality_p(subsample)),
+            mean=torch.from_numpy(total.mean()[0]),
+            std=torch.from_numpy(np.sqrt(total.m2()[0] / (total.count[0] - 1))),
+            normality_p=None if sample is None else torch.from_numpy(normality_p(sample)),
         )
 
 
@@ -120,15 +135,27 @@ class SelectionTable:
     defaults: Defaults = Defaults()
     version: str = "1"
     idle_layers: tuple[str, ...] = ()  # convolutions that run only in training, such as auxiliary heads
+    left_out: tuple[str, ...] = ()  # convolutions that whoever built the table left out of it
+    statistics_point: str = "convolution"  # one of STATISTICS_POINTS
     table_sha256: str = ""
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        _check_contents(self)
+        _check_structure(self)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         return tuple(self.layers)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """Ranks of all layers side by side, `(K, N)` int16, in the order of `layers`."""
+        return _side_by_side([layer.rank for layer in self.layers.values()])
+
+    @property
+    def normality_tested(self) -> bool:
+        """Whether every layer has Shapiro-Wilk p-values."""
+        return all(layer.normality_p is not None for layer in self.layers.values())
 
     @cached_property
     def row_of_class(self) -> Tensor:
@@ -163,7 +190,7 @@ class SelectionTable:
         """Raise TableError unless the layers are the convolutions of `module`, with as many channels."""
         found = convolutions(module)
         for name in found:
-            if name not in self.layers and name not in self.idle_layers:
+            if name not in self.layers and name not in self.idle_layers and name not in self.left_out:
                 raise TableError(f"Table '{self.name}' has no layer '{name}', a convolution of the model.")
         for name, layer in self.layers.items():
             if name not in found:
@@ -173,15 +200,26 @@ class SelectionTable:
                     f"Table '{self.name}': layer '{name}' has {layer.channels} channels, the model has {found[name]}."
                 )
 
+    def check_values(self) -> None:
+        """Raise TableError for NaN, ranks that are no order or do not follow the p-values, p above 1.
+
+        Reads the whole table, which opening it does not.
+        """
+        for name, layer in self.layers.items():
+            _check_values(f"Table '{self.name}': layer '{name}'", layer)
+
     def save(self, folder: str | os.PathLike[str]) -> SelectionTable:
         """Write `table.safetensors` and `manifest.json` into `folder`; an existing table is replaced.
 
         Each is written beside its place and renamed, tensors first: a crash in between leaves the old
-        manifest, whose digest then refuses the new tensors, never a table that loads half new.
+        manifest, whose digest then refuses the new tensors, never a table that loads half new. To replace
+        the whole folder or nothing, save into a new one and `files.replace_folder`. Raises TableError for
+        values that no table has.
         """
+        self.check_values()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / TENSORS_FILE, _tensors(self))
+        write_tensors(folder / TENSORS_FILE, _tensors(self), {"layers": json.dumps(_layout(self))})
         saved = replace(self, table_sha256=file_sha256(folder / TENSORS_FILE), folder=folder)
         write_text(folder / MANIFEST_FILE, json.dumps(saved.manifest(), indent=1, ensure_ascii=False) + "\n")
         return saved
@@ -194,8 +232,10 @@ class SelectionTable:
             "version": self.version,
             "model": {"name": self.model_name, "weights_sha256": self.weights_sha256},
             "table_sha256": self.table_sha256,
-            "layers": [{"name": name, "channels": layer.channels} for name, layer in self.layers.items()],
+            "layers": [{"name": name, "channels": channels} for name, channels in _layout(self)],
             "idle_layers": list(self.idle_layers),
+            "left_out": list(self.left_out),
+            "statistics_point": self.statistics_point,
             "labels": list(self.labels),
             "classes": list(self.classes),
             "images_per_class": list(self.images_per_class),
@@ -285,8 +325,9 @@ def network_of(model: TableModel | nn.Module) -> nn.Module:
 def load_table(path: str | os.PathLike[str], model: TableModel | None = None) -> SelectionTable:
     """Read and check the table at `path`: a version folder, or its parent (then the highest version).
 
-    Raises TableError naming what does not hold: missing files, format version, digest, layers, shapes,
-    types, ranks that are no permutation, NaN; with `model`, also anything that is not that model's.
+    The tensors are mapped, so that only what is used takes memory. Raises TableError naming what does not hold:
+    missing files, format version, digest, layers, shapes, types; with `model`, also anything that is not that
+    model's. What the digest vouches for is what `save` checked; `check_values` checks it again.
     """
     folder = resolve_version(Path(path), MANIFEST_FILE, TableError)
     manifest = _read_manifest(folder / MANIFEST_FILE)
@@ -306,11 +347,13 @@ def load_table(path: str | os.PathLike[str], model: TableModel | None = None) ->
             weights_sha256=manifest["model"]["weights_sha256"],
             labels=tuple(manifest["labels"]),
             classes=tuple(manifest["classes"]),
-            layers=_layers(name, manifest["layers"], load_file(tensors_path)),
+            layers=_layers(name, manifest["layers"], tensors_path),
             images_per_class=tuple(manifest["images_per_class"]),
             built=manifest["built"],
             defaults=Defaults.from_json(manifest["defaults"]),
             idle_layers=tuple(manifest["idle_layers"]),
+            left_out=tuple(manifest["left_out"]),
+            statistics_point=manifest["statistics_point"],
             table_sha256=digest,
             folder=folder,
         )
@@ -325,6 +368,7 @@ def load_table(path: str | os.PathLike[str], model: TableModel | None = None) ->
 
 _REQUIRED_KEYS = (
     *("format_version", "name", "version", "model", "table_sha256", "layers", "idle_layers"),
+    *("left_out", "statistics_point"),
     *("labels", "classes", "images_per_class", "defaults", "built"),
 )
 
@@ -346,44 +390,62 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _tensors(table: SelectionTable) -> dict[str, Tensor]:
-    return {
-        f"{name}/{field_name}": tensor
-        for name, layer in table.layers.items()
-        for field_name, tensor in vars(layer).items()
-        if tensor is not None
-    }
-
-
 _FIELDS = ("log_p", "rank", "mean", "std", "normality_p")
 
 
-def _layers(table: str, entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, LayerTable]:
-    """The layers the manifest lists, in its order, and no others."""
-    names = [entry["name"] for entry in entries]
-    if len(set(names)) != len(names):
+def _layout(table: SelectionTable) -> list[tuple[str, int]]:
+    return [(name, layer.channels) for name, layer in table.layers.items()]
+
+
+def _tensors(table: SelectionTable) -> dict[str, Tensor]:
+    layers = table.layers.values()
+    fields = _FIELDS if table.normality_tested else _FIELDS[:-1]
+    return {f: _side_by_side([getattr(layer, f) for layer in layers]) for f in fields}
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """`(..., n1), (..., n2) ...` -> `(..., n1 + n2 + ...)`; no copy where they are neighbours in one tensor."""
+    first, width = parts[0], sum(part.shape[-1] for part in parts)
+    rows = first.stride()[:-1]
+    place = first.storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        # A row as long as the parts together: nothing else can lie between them.
+        if not same or part.storage_offset() != place or part.stride() != (*rows, 1) or (rows and rows[0] != width):
+            return torch.cat(list(parts), dim=-1)
+        place += part.shape[-1]
+    return first.as_strided((*first.shape[:-1], width), first.stride())
+
+
+def _layers(table: str, entries: Sequence[Mapping[str, Any]], path: Path) -> dict[str, LayerTable]:
+    """The layers the manifest lists, which must be those the tensors were written for, in order."""
+    with safe_open(path, framework="pt") as file:
+        written = [tuple(entry) for entry in json.loads((file.metadata() or {}).get("layers", "[]"))]
+    listed = [(entry["name"], entry["channels"]) for entry in entries]
+    if written != listed:
+        theirs, ours = next(pair for pair in zip_longest(written, listed) if pair[0] != pair[1])
+        raise TableError(f"Table '{table}': {TENSORS_FILE} has layer {theirs} where its manifest has {ours}.")
+    if len({name for name, _ in listed}) != len(listed):
         raise TableError(f"Table '{table}': its manifest lists a layer twice.")
-    stored = {key.rpartition("/")[0] for key in tensors}
-    if unlisted := sorted(stored - set(names)):
-        raise TableError(f"Table '{table}': layer '{unlisted[0]}' of {TENSORS_FILE} is not in its manifest.")
-    layers = {}
-    for entry in entries:
-        name = entry["name"]
-        for required in _FIELDS[:-1]:
-            if f"{name}/{required}" not in tensors:
-                raise TableError(f"Table '{table}': layer '{name}' has no '{required}' in {TENSORS_FILE}.")
-        layers[name] = LayerTable(**{f: tensors[f"{name}/{f}"] for f in _FIELDS if f"{name}/{f}" in tensors})
-        found = tuple(layers[name].log_p.shape)
-        if found[1:] != (entry["channels"],):
+    tensors = load_file(path)
+    width = sum(channels for _, channels in listed)
+    for field_name in _FIELDS:
+        if field_name not in tensors and field_name != "normality_p":
+            raise TableError(f"Table '{table}' has no '{field_name}' in {TENSORS_FILE}.")
+        if field_name in tensors and (found := tuple(tensors[field_name].shape))[-1:] != (width,):
             raise TableError(
-                f"Table '{table}': layer '{name}' has log_p of shape {found}, "
-                f"its manifest says {entry['channels']} channels."
+                f"Table '{table}': '{field_name}' has shape {found}, its layers have {width} channels together."
             )
+    layers, start = {}, 0
+    for name, channels in listed:
+        here = slice(start, start + channels)
+        layers[name] = LayerTable(**{f: tensors[f][..., here] for f in _FIELDS if f in tensors})
+        start += channels
     return layers
 
 
-def _check_contents(table: SelectionTable) -> None:
-    """Shapes, types and values of everything; raises TableError."""
+def _check_structure(table: SelectionTable) -> None:
+    """Classes, shapes, types, what is small enough to look at whenever a table is opened; raises TableError."""
     if not table.layers:
         raise TableError(f"Table '{table.name}' has no layers.")
     if len(set(table.classes)) != len(table.classes) or not table.classes:
@@ -395,10 +457,19 @@ def _check_contents(table: SelectionTable) -> None:
             f"Table '{table.name}': images_per_class has {len(table.images_per_class)} entries, "
             f"expected {len(table.classes)}."
         )
+    if table.statistics_point not in STATISTICS_POINTS:
+        raise TableError(
+            f"Table '{table.name}': statistics_point is {table.statistics_point!r}, "
+            f"expected one of {', '.join(STATISTICS_POINTS)}."
+        )
     for name, layer in table.layers.items():
         _check_layer(table, name, layer)
-    tested = all(layer.normality_p is not None for layer in table.layers.values())
-    check_defaults(table.name, table.defaults, table.layers, tested=tested)
+    tested = {layer.normality_p is not None for layer in table.layers.values()}
+    if len(tested) > 1:
+        raise TableError(f"Table '{table.name}': some layers have normality tests and some have none.")
+    check_defaults(table.name, table.defaults, table.layers, tested=tested == {True})
+    if table.defaults.selection == "instance" and table.statistics_point != "convolution":
+        raise TableError(f"Table '{table.name}': default selection 'instance' needs statistics of the convolution.")
 
 
 def check_defaults(table: str, d: Defaults, names: Iterable[str], *, tested: bool) -> None:
@@ -435,21 +506,25 @@ def _check_layer(table: SelectionTable, name: str, layer: LayerTable) -> None:
     }
     for field_name, (shape, dtype) in expected.items():
         tensor = getattr(layer, field_name)
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise TableError(f"{where}: '{field_name}' is {found}, expected {dtype} {shape}.")
-        if bool(torch.isnan(tensor).any()):
-            raise TableError(f"{where}: '{field_name}' holds NaN.")
     if not bool(torch.isfinite(layer.mean).all() & torch.isfinite(layer.std).all() & (layer.std >= 0).all()):
         raise TableError(f"{where}: 'mean' and 'std' are not all finite, or a std is negative.")
+    if layer.normality_p is not None and bool(torch.isnan(layer.normality_p).any()):
+        raise TableError(f"{where}: 'normality_p' holds NaN.")
+
+
+def _check_values(where: str, layer: LayerTable) -> None:
+    if bool(torch.isnan(layer.log_p).any()):
+        raise TableError(f"{where}: 'log_p' holds NaN.")
     if bool((layer.log_p > 0).any()):
         raise TableError(f"{where}: a log p-value is positive, {float(layer.log_p.max())}.")
-    order = layer.rank.long().sort(dim=1).values
-    if not bool((order == torch.arange(channels)).all()):
-        raise TableError(f"{where}: 'rank' is not an order of its {channels} channels in every row.")
-    by_rank = layer.log_p.gather(1, layer.rank.long().argsort(dim=1))
+    order = layer.rank.argsort(dim=1)
+    in_order = layer.rank.gather(1, order)
+    if not bool((in_order == torch.arange(layer.channels, dtype=torch.int16)).all()):
+        raise TableError(f"{where}: 'rank' is not an order of its {layer.channels} channels in every row.")
+    by_rank = layer.log_p.gather(1, order)
     # Compared, not subtracted: -inf minus -inf would be NaN.
     if bool((by_rank[:, 1:] < by_rank[:, :-1]).any()):
         raise TableError(f"{where}: 'rank' does not follow the log p-values.")

@@ -29,7 +29,7 @@ def main(count: int, size: int, models_dir: Path, tables_dir: Path) -> None:
         for _ in write_folder(Path(folder), "table", count, size):
             progress.advance(task)
         task = progress.add_task("building the table", total=count)
-        table = build_table(model, folder, progress=lambda done, _: progress.update(task, completed=done))
+        table = build_table(model, folder, progress=lambda pass_: progress.update(task, completed=pass_.done))
     # The folder's name is random; the scenes are what the table is made of.
     table.built["data"] = f"scenes, split 'table', 0 to {count - 1}, {size} pixels"
     saved = table.save(tables_dir / NAME / model.version)

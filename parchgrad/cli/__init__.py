@@ -13,7 +13,9 @@ from parchgrad.cli.explain import explain
 from parchgrad.cli.model import model_group
 from parchgrad.cli.serve import serve
 from parchgrad.cli.table import table_group
-from parchgrad.errors import ParchGradError
+from parchgrad.errors import DataError, ParchGradError
+
+EXIT_DATA = 3
 
 # torch is imported inside the commands: `parchgrad --help` stays instant.
 
@@ -28,12 +30,12 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: a library error is one line on standard error and exit code 1."""
+    """Entry point: an error is one line on standard error; exit code 3 where images do not do, else 1."""
     try:
         cli(standalone_mode=True)
-    except ParchGradError as error:
+    except (ParchGradError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(EXIT_DATA if isinstance(error, DataError) else 1)
 
 
 for command in (model_group, table_group, explain, evaluate, serve):

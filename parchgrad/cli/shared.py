@@ -1,7 +1,8 @@
-"""What several commands share: their options, finding models and tables by name, the progress bar."""
+"""What several commands share: their options, finding models and tables by name, what they print."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from parchgrad.models import Model
+    from parchgrad.tables import SelectionTable
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 MODELS_DIR = click.option(
@@ -82,3 +84,32 @@ def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar.tasks:
             bar.stop()
+
+
+def table_and_model(table: str, tables_dir: Path, models_dir: Path) -> tuple[SelectionTable, Model]:
+    """The table of that name and the model package it belongs to."""
+    from parchgrad.tables import load_table
+
+    opened = load_table(named(table, tables_dir))
+    return opened, load_named_model(f"{opened.model_name}/{opened.version}", models_dir)
+
+
+def show_table(table: SelectionTable) -> None:
+    """What a table is, on standard output."""
+    channels = sum(layer.channels for layer in table.layers.values())
+    images, built = table.images_per_class, table.built
+    bad = built.get("bad_images", [])
+    click.echo(f"table         {table.name}, version {table.version}, of model {table.model_name}")
+    click.echo(f"classes       {len(table.classes)} of the model's {len(table.labels)}")
+    click.echo(f"images        {sum(images):,}; {min(images)} to {max(images)} a class; {len(bad)} unreadable left out")
+    for name, reason in bad[:5]:
+        click.echo(f"              {name}: {reason}")
+    click.echo(
+        f"layers        {len(table.layers)}, {channels:,} channels; "
+        f"{len(table.left_out)} left out, {len(table.idle_layers)} idle in prediction"
+    )
+    click.echo(f"defaults      {table.defaults}")
+    for key, value in built.items():
+        if key != "bad_images":
+            click.echo(f"{key:13} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    click.echo(f"table_sha256  {table.table_sha256}")

@@ -1,97 +1,184 @@
-"""`parchgrad table`: building, keeping and looking at selection tables."""
+"""`parchgrad table`: selection tables, built, kept, chosen and looked at."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
+from parchgrad.cli.evaluate import ALLOW_USED, DATA, MOSAICS, SEED, images_to_avoid
 from parchgrad.cli.shared import (
     DEVICE,
-    FOLDER,
     MODELS_DIR,
     TABLES_DIR,
     ListParameter,
     load_named_model,
     named,
     progress_bar,
+    show_table,
+    table_and_model,
 )
-
-if TYPE_CHECKING:
-    from parchgrad.tables import SelectionTable
+from parchgrad.cli.table_build import table_build, table_extend, table_merge
 
 
 @click.group("table")
 def table_group() -> None:
-    """Selection tables: which channels belong to which class."""
+    """Selection tables: which channels belong to which class.
+
+    Exit codes: 0 done; 1 an error; 2 wrong usage; 3 the images or their labels do not do; 130 interrupted (the
+    same command goes on where a build was left).
+    """
 
 
-@table_group.command("build")
-@click.argument("model")
-@click.option(
-    "--data", required=True, type=FOLDER, help="Images: one folder a class, named by class name, id or index."
-)
-@click.option("--force", is_flag=True, help="Replace the table if the model version has one already.")
-@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True,
-              help="Default share of a layer's channels to select.")  # fmt: skip
-@click.option("--gamma", type=float, default="inf", show_default=True, help="A number in [0, 1e6], or inf.")
-@click.option("--layers", type=ListParameter(str), default="*", show_default=True, help="Default glob patterns.")
-@click.option("--normality/--no-normality", default=True, show_default=True, help="Run the Shapiro-Wilk test.")
-@click.option("--normality-filter/--no-normality-filter", default=False, show_default=True,
-              help="Leave normal channels out by default.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Decoding processes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws the normality test's images.")
-@DEVICE
-@MODELS_DIR
-@TABLES_DIR
-def table_build(
-    model: str, data: Path, force: bool, quantile: float, gamma: float,
-    layers: tuple[str, ...], normality: bool, normality_filter: bool, batch_size: int, workers: int, seed: int,
-    device: str, models_dir: Path, tables_dir: Path,
-) -> None:  # fmt: skip
-    """Build the selection table of MODEL from images, with its golden record."""
-    from parchgrad import golden
-    from parchgrad.build import build_table
-    from parchgrad.explainer import Explainer
-    from parchgrad.tables import Defaults
-
-    loaded = load_named_model(model, models_dir)
-    folder = tables_dir / loaded.name / loaded.version
-    if folder.exists() and not force:
-        raise click.ClickException(f"'{folder}' exists already; --force replaces it.")
-    with progress_bar("Building", "images") as progress:
-        table = build_table(
-            loaded, data,
-            defaults=Defaults(quantile=quantile, gamma=gamma, layers=layers, normality_filter=normality_filter),
-            normality=normality, seed=seed, batch_size=batch_size, workers=workers, device=device,
-            progress=progress,
-        )  # fmt: skip
-    table = table.save(folder)
-    golden.record(Explainer(loaded, table, device), folder)
-    _show_table(table)
-    click.echo(f"Wrote {folder}")
+for command in (table_build, table_extend, table_merge):
+    table_group.add_command(command)
 
 
 @table_group.command("show")
 @click.argument("table")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page to look at.")
+@click.option("--data", help="For the page: images that excite the channels, as for `table build`.")
+@click.option("--class", "classes", multiple=True,
+              help="For the page: a class whose channels get pictures; several times for several.  "
+              "[default: all of a table of up to 20]")  # fmt: skip
+@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), help="[default: the table's]")
+@click.option("--channels", type=click.IntRange(1), default=8, show_default=True,
+              help="For the page: strongest channels of a class.")  # fmt: skip
+@click.option("--crops", type=click.IntRange(1), default=4, show_default=True, help="For the page: pictures a channel.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@DEVICE
+@MODELS_DIR
 @TABLES_DIR
-def table_show(table: str, tables_dir: Path) -> None:
-    """Summary of TABLE, after checking it."""
+def table_show(
+    table: str, html: Path | None, data: str | None, classes: tuple[str, ...], quantile: float | None, channels: int,
+    crops: int, batch_size: int, device: str, models_dir: Path, tables_dir: Path,
+) -> None:  # fmt: skip
+    """Summary of TABLE, as text and as a page: whose channels are whose, which classes are alike."""
     from parchgrad.tables import load_table
 
-    _show_table(load_table(named(table, tables_dir)))
+    opened = load_table(named(table, tables_dir))
+    show_table(opened)
+    if html is None:
+        if data is not None or classes:
+            raise click.UsageError("--data and --class are for the page; add --html FILE.")
+        return
+    from parchgrad.sources import open_source
+    from parchgrad.table_page import write_page
+
+    loaded = load_named_model(f"{opened.model_name}/{opened.version}", models_dir) if data or classes else None
+    with progress_bar("Looking", "images") as progress:
+        write_page(
+            opened, html, model=loaded, images=open_source(data, loaded) if data and loaded else None,
+            picture_classes=[loaded.class_index(name) for name in classes] if classes and loaded else None,
+            quantile=quantile, channels_per_class=channels, crops_per_channel=crops, batch_size=batch_size,
+            device=device, progress=progress,
+        )  # fmt: skip
+    click.echo(f"Wrote {html}")
 
 
-def _show_table(table: SelectionTable) -> None:
-    channels = sum(layer.channels for layer in table.layers.values())
-    images = table.images_per_class
-    click.echo(f"table         {table.name}, version {table.version}, of model {table.model_name}")
-    click.echo(f"classes       {len(table.classes)} of the model's {len(table.labels)}")
-    click.echo(f"images        {sum(images):,}; {min(images)} to {max(images)} a class")
-    click.echo(f"layers        {len(table.layers)}, {channels:,} channels; {len(table.idle_layers)} idle left out")
-    click.echo(f"defaults      {table.defaults}")
-    click.echo(f"built         {json.dumps(table.built, ensure_ascii=False)}")
-    click.echo(f"table_sha256  {table.table_sha256}")
+@table_group.command("verify")
+@click.argument("table")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@DEVICE
+@MODELS_DIR
+@TABLES_DIR
+def table_verify(table: str, as_json: bool, device: str, models_dir: Path, tables_dir: Path) -> None:
+    """Examine TABLE to the last number; exit code 1 if anything fails."""
+    from parchgrad.store import Finding, examine
+
+    opened, loaded = table_and_model(table, tables_dir, models_dir)
+    digest = Finding("checksum", "ok", f"table.safetensors is {opened.table_sha256}")
+    findings = [digest, *examine(opened, loaded, device)]
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.state:7}  {finding.what:13}  {finding.detail}")
+    if any(finding.state == "failed" for finding in findings):
+        sys.exit(1)
+
+
+class QuantileParameter(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.5 on
+    """Comma-separated quantiles; LOWER/UPPER is one for each half of the layers."""
+
+    name = "quantiles"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            parts = [tuple(float(number) for number in item.split("/")) for item in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of numbers or LOWER/UPPER pairs", param, ctx)
+        # One number is itself; a wrong number of them is refused by the grid.
+        return tuple(part[0] if len(part) == 1 else part for part in parts)
+
+
+@table_group.command("tune")
+@click.argument("name")
+@DATA
+@click.option("--quantiles", type=QuantileParameter(), default="0.05,0.1,0.2,0.5,0.5/0.1", show_default=True,
+              help="Shares to try; LOWER/UPPER is one for each half of the layers.")  # fmt: skip
+@click.option("--gammas", type=ListParameter(float), default="inf,3", show_default=True, help="Gammas to try.")
+@click.option("--layers", multiple=True, default=("all", "upper-half"), show_default=True,
+              help="Layers to try: all, upper-half or glob patterns; several times for several.")  # fmt: skip
+@click.option("--conserve", type=ListParameter(str), help="Ways to conserve variance to try.  [default: the table's]")
+@click.option("--criterion", type=click.Choice(["mass", "hits", "both"]), default="mass", show_default=True,
+              help="What a setting is judged by.")  # fmt: skip
+@MOSAICS
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Splits the images and draws the mosaics.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print what would be chosen and write nothing.")
+@ALLOW_USED
+@DEVICE
+@MODELS_DIR
+@TABLES_DIR
+def table_tune(
+    name: str, data: str, quantiles: tuple[float | tuple[float, float], ...], gammas: tuple[float, ...],
+    layers: tuple[str, ...], conserve: tuple[str, ...] | None, criterion: str, mosaics: int, seed: int,
+    batch_size: int, dry_run: bool, allow_used: bool, device: str, models_dir: Path, tables_dir: Path,
+) -> None:  # fmt: skip
+    """Choose the defaults of table NAME on held-out images, and write them into its manifest.
+
+    Every setting is measured on mosaics of four images (chance: mass and hits 0.25), and the chosen one again on
+    mosaics of other images. A default changes only where another is better on both; a table that points no
+    better than random channels is refused.
+    """
+    from rich.console import Console
+
+    from parchgrad.evaluation.report import grid_table, left_out_line, measured_table, tune_text
+    from parchgrad.evaluation.tune import ALL, UPPER_HALF, Grid, tune
+    from parchgrad.explainer import Explainer
+    from parchgrad.sources import open_source
+    from parchgrad.store import write_table
+
+    opened, loaded = table_and_model(name, tables_dir, models_dir)
+    assert opened.folder is not None
+    explainer = Explainer(loaded, opened, device)
+    grid = Grid(
+        quantiles=quantiles, gammas=gammas, conserve=conserve or (),
+        layers=tuple(item if item in (ALL, UPPER_HALF) else tuple(item.split(",")) for item in layers),
+    )  # fmt: skip
+    used = images_to_avoid(opened, allow_used)
+    with progress_bar("Tuning", "maps") as progress:
+        result = tune(
+            explainer, open_source(data, loaded), loaded.preprocessing, grid=grid, criterion=criterion,
+            mosaics=mosaics, seed=seed, used=used, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    if line := left_out_line(result.left_out):
+        click.echo(line, err=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # one line a row, in a file or a pipe
+    console.print(grid_table(result, opened.layer_names))
+    console.print(measured_table(result, opened.layer_names))
+    click.echo(tune_text(result, opened.layer_names))
+    tuned = result.applied(opened)  # refused where random channels do as well; the grid is printed by then
+    if dry_run:
+        return
+    write_table(tuned, opened.folder, loaded, device=device)
+    click.echo(f"Wrote {opened.folder}")

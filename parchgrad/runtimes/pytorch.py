@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from parchgrad.errors import UnsupportedModelError
 from parchgrad.rule import CONSERVE, Conserve, apply_factors, channel_factors
 from parchgrad.runtimes import Gradients, Plan
-from parchgrad.selection import by_class, by_instance
+from parchgrad.selection import best_ranked, by_instance
 from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
 
 
@@ -32,6 +32,7 @@ class PyTorchRuntime:
         self._device, self._dtype = weights.device, weights.dtype
         self._table = table
         self._layers = {name: _on_device(layer, self._device) for name, layer in table.layers.items()}
+        self._rank = table.rank.to(self._device)
         self._current = threading.local()
         for name in table.layers:
             self._module.get_submodule(name).register_forward_hook(self._hook(name))
@@ -57,7 +58,7 @@ class PyTorchRuntime:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = images.detach().to(self._device)
             leaf = (leaf.clone() if leaf.is_inference() else leaf).requires_grad_()
-            run = _Pass(self._table, self._layers, plan, self._device)
+            run = _Pass(self._table, self._layers, self._rank, plan, self._device)
             self._current.run = run
             try:
                 # A copy goes in: a network that works in place on its input must not meet a leaf.
@@ -96,8 +97,10 @@ class PyTorchRuntime:
 class _Pass:
     """The state of one forward and backward pass: which channels each image selects in each layer."""
 
-    def __init__(self, table: SelectionTable, layers: dict[str, LayerTable], plan: Plan, device: torch.device) -> None:
-        self._table, self._layers, self._device = table, layers, device
+    def __init__(
+        self, table: SelectionTable, layers: dict[str, LayerTable], rank: Tensor, plan: Plan, device: torch.device
+    ) -> None:
+        self._table, self._layers, self._rank, self._device = table, layers, rank, device
         self._plan = plan
         self._on_device = {
             "gamma": plan.gamma.to(device),
@@ -116,6 +119,7 @@ class _Pass:
         self._seen: set[str] = set()
         self._identity: dict[str, Tensor] = {}
         self._rows: Tensor | None = None
+        self._by_quantile: list[Tensor] | None = None
         self.targets: Tensor | None = None  # set between forward and backward
 
     def attach(self, name: str, output: Tensor) -> None:
@@ -152,16 +156,28 @@ class _Pass:
     def _select(self, name: str, gap: Tensor | None) -> Tensor:
         layer, i, on = self._layers[name], self._index[name], self._on_device
         count, log_alpha = on["count"][:, i], on["log_alpha"]
-        rows = self._target_rows()
-        log_p = layer.log_p[rows] if self._any_alpha else None
-        selected = by_class(layer.rank[rows], log_p, count, log_alpha) & (rows >= 0)[:, None]
+        selected = self._selected_by_quantile()[i]
+        if self._any_alpha:
+            rows = self._target_rows()
+            by_alpha = layer.log_p[rows.clamp(min=0)] <= log_alpha[:, None]
+            asked = on["active"][:, i] & (rows >= 0)
+            selected = torch.where(torch.isnan(log_alpha)[:, None], selected, by_alpha & asked[:, None])
         if gap is not None:
-            instance = by_instance(gap, layer.mean, layer.std, count, log_alpha)
+            instance = by_instance(gap, layer.mean, layer.std, count, log_alpha) & on["active"][:, i, None]
             selected = torch.where(on["instance"][:, None], instance, selected)
         if self._any_filter and layer.normality_p is not None:
             selected = selected & ((layer.normality_p < NORMALITY_LEVEL) | ~on["normality_filter"][:, None])
-        # Where the rule does not act no channel is selected, and an empty side passes unchanged.
-        return selected & on["active"][:, i, None]
+        return selected
+
+    def _selected_by_quantile(self) -> list[Tensor]:
+        """The mask `(B, C)` of each layer. Where the rule does not act no channel is selected: an empty side
+        passes unchanged."""
+        if self._by_quantile is None:
+            rows = self._target_rows()
+            count = self._on_device["count"] * (self._on_device["active"] & (rows >= 0)[:, None])
+            widths = [layer.channels for layer in self._layers.values()]
+            self._by_quantile = best_ranked(self._rank, rows.clamp(min=0), count, widths)
+        return self._by_quantile
 
     def _target_rows(self) -> Tensor:
         if self._rows is None:

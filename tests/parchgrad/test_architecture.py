@@ -24,6 +24,11 @@ MAY_IMPORT = {
     "evaluation.maps": set(),
     "evaluation.mosaics": set(),
     "preprocessing": set(),
+    "architectures": set(),
+    "programs": {"layers"},
+    "sources": set(),
+    "evidence": {"tables", "statistics", "files"},
+    "checkpoint": {"evidence"},
     "tables": {"statistics", "layers", "files", "versions", "selection", "options", "rule"},
 }
 

@@ -5,15 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from torch import nn
 
-from parchgrad.build import build_table
-from parchgrad.errors import DataError, ModelError, TableError, UnsupportedModelError
+from parchgrad.build import build_table, hold_out
+from parchgrad.errors import DataError, ModelError, OptionError, TableError, UnsupportedModelError
 from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing
+from parchgrad.sources import ImageFolder
 from parchgrad.tables import Defaults, load_table
 from tests.oracles import selection
 from tests.oracles.tolerance import assert_close
@@ -119,13 +121,47 @@ def test_defaults_that_do_not_fit_are_refused_before_any_image_is_read(model, da
     assert not calls
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named_in_one_line(model, data, tmp_path, workers):
+def with_bad_image(data, tmp_path):
+    """A copy of the images, one more beside them that is none."""
     copied = shutil.copytree(data, tmp_path / "data")
-    bad = next(p for p in sorted(copied.rglob("*")) if p.is_file())
-    bad.write_bytes(b"not an image")
-    with pytest.raises(DataError, match=f"^Image '.*{bad.name}' cannot be read: [^\\n]*$"):
-        build_table(model, copied, workers=workers)
+    (copied / "tree" / "zz.png").write_bytes(b"not an image")
+    return copied
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_images_stop_the_build_and_are_named(model, data, tmp_path, workers):
+    message = (
+        r"^1 of 21 images cannot be read, more than the 1.00% allowed. Image 'tree/zz.png' cannot be read: [^\n]*$"
+    )
+    with pytest.raises(DataError, match=message):
+        build_table(model, with_bad_image(data, tmp_path), workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_unreadable_image_is_skipped_counted_and_listed(model, data, tmp_path, workers, batch_size):
+    seen = []
+    table = build_table(
+        model, with_bad_image(data, tmp_path), max_bad=0.05, workers=workers, batch_size=batch_size,
+        progress=seen.append,
+    )  # fmt: skip
+    assert table.images_per_class == (5, 9, 6)
+    ((name, reason),) = table.built["bad_images"]
+    assert name == "tree/zz.png"
+    assert "tree/zz.png' cannot be read" in reason
+    assert (seen[-1].done, seen[-1].total, seen[-1].bad) == (21, 21, 1)
+    assert_equal_tables(table, build_table(model, data, batch_size=batch_size))
+
+
+def assert_equal_tables(one, other):
+    """To the last bit."""
+    assert one.classes == other.classes
+    assert one.images_per_class == other.images_per_class
+    assert list(one.layers) == list(other.layers)
+    for name, layer in one.layers.items():
+        for field in dataclasses.fields(layer):
+            mine, theirs = getattr(layer, field.name), getattr(other.layers[name], field.name)
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs), (name, field.name)
 
 
 def test_building_twice_gives_the_same_table(model, data):
@@ -151,12 +187,73 @@ def test_the_normality_subsample_is_balanced_and_limited(model, data, monkeypatc
     assert torch.equal(again.layers["second"].normality_p, table.layers["second"].normality_p)
 
 
-def test_progress_counts_every_image(model, data):
+def test_progress_counts_every_image_and_class(model, data):
     seen = []
-    build_table(model, data, batch_size=8, progress=lambda done, total: seen.append((done, total)))
-    assert [total for _, total in seen] == [20] * len(seen)
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert seen[-1][0] == 20
+    build_table(model, data, batch_size=8, progress=seen.append)
+    assert [(now.done, now.classes) for now in seen] == [(0, 0), (8, 2), (16, 3), (20, 3)]
+    assert {now.total for now in seen} == {20}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(model, data, workers):
+    assert_equal_tables(build_table(model, data, batch_size=4, workers=workers), build_table(model, data, batch_size=4))
+
+
+def test_layers_may_be_left_out_by_pattern(model, data):
+    table = build_table(model, data, layers=("*", "!first"))
+    assert list(table.layers) == ["second"]
+    assert table.left_out == ("first",)
+    assert table.built["layer_patterns"] == ["*", "!first"]
+    whole = build_table(model, data)
+    assert torch.equal(table.layers["second"].log_p, whole.layers["second"].log_p)
+    Explainer(model, table).explain(torch.zeros(1, 3, 12, 12), 0)
+    with pytest.raises(OptionError, match="nosuch"):
+        build_table(model, data, layers=("nosuch",))
+
+
+def test_statistics_after_normalisation_and_activation(model, data):
+    """`first` goes through BatchNorm and ReLU, `second` through ReLU alone: features taken there in a plain loop."""
+    with torch.no_grad():
+        model.module.norm.running_mean.fill_(0.1)
+    try:
+        table = build_table(model, data, statistics_point="activation")
+        found = {"first": [], "second": []}
+        with torch.no_grad():
+            for folder in ("0", "tree", "bus"):
+                for path in sorted((data / folder).glob("*.png")):
+                    image = model.preprocessing.apply(Image.open(path).convert("RGB"))[0][None]
+                    z = torch.relu(model.module.norm(model.module.first(image)))
+                    found["first"].append(z[0].mean((1, 2)).numpy())
+                    found["second"].append(torch.relu(model.module.second(z))[0].mean((1, 2)).numpy())
+        for name, layer in table.layers.items():
+            assert_close(layer.mean, np.mean(found[name], axis=0), 1e-5)
+        plain = build_table(model, data)
+        assert not torch.allclose(table.layers["first"].mean, plain.layers["first"].mean, rtol=1e-3)
+        assert table.statistics_point == "activation"
+        with pytest.raises(OptionError, match="class: table 'net' has its statistics after the activation"):
+            Explainer(model, table).explain(torch.zeros(1, 3, 12, 12), 0, selection="instance")
+    finally:
+        model.module.norm.running_mean.zero_()
+
+
+def test_benjamini_hochberg_adjusts_p_and_keeps_the_order(model, data):
+    table, plain = build_table(model, data, control="benjamini_hochberg"), build_table(model, data)
+    for name, layer in table.layers.items():
+        adjusted = scipy.stats.false_discovery_control(plain.layers[name].log_p.exp().numpy(), axis=1)
+        np.testing.assert_allclose(layer.log_p.exp().numpy(), adjusted, rtol=1e-9)
+        assert torch.equal(layer.rank, plain.layers[name].rank)
+    assert table.built["control"] == "benjamini_hochberg"
+
+
+def test_held_out_images_are_a_share_of_each_class_drawn_by_a_seed(model, data):
+    source = ImageFolder.scan(data, model)
+    kept = hold_out(source, 0.4, seed=3)
+    assert np.bincount(kept.targets).tolist() == [3, 0, 5, 4]
+    again, other = hold_out(source, 0.4, seed=3), hold_out(source, 0.4, seed=4)
+    assert kept.names == again.names
+    assert kept.names != other.names
+    assert set(kept.names) < set(source.names)
+    assert np.bincount(hold_out(source, 0.99, seed=0).targets).tolist() == [2, 0, 2, 2], "two of each stay"
 
 
 def test_the_callers_model_is_left_as_it_was(model, data):

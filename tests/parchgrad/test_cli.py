@@ -60,7 +60,9 @@ def test_table_build_says_what_it_made(project):
     assert "classes       4 of the model's 4" in printed
     assert "images        16; 4 to 4 a class" in printed
     assert sorted(p.name for p in (root / "tables/tiny/1").iterdir()) == [
+        "evidence.safetensors",
         "golden.safetensors",
+        "images.tsv.gz",
         "manifest.json",
         "table.safetensors",
     ]
@@ -125,10 +127,10 @@ def test_an_unreadable_image_leaves_the_others_explained(project, tmp_path):
 
 
 def test_evaluate_prints_the_comparison_and_writes_it(project, tmp_path):
-    root, where, _ = project
+    _, where, _ = project
     written = tmp_path / "scores.json"
     options = ("--mosaics", 4, "--cam-layer", "features", "--json", written)
-    printed = output("evaluate", "tiny", "--data", root / "images", *options, *where)
+    printed = output("evaluate", "tiny", "--data", write_images(tmp_path / "held_out", 4, seed=1), *options, *where)
     methods = [score["method"] for score in json.loads(written.read_text())]
     assert methods == [
         "gradient",
@@ -150,22 +152,22 @@ def test_a_wrong_row_is_refused_with_the_rows_there_are(project):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        (("model", "show", "absent"), "holds neither model.yaml nor a numbered version folder"),
-        (("explain", "tiny", "IMAGE", "--target", "unicorn"), "'unicorn'; allowed: an index in 0..3"),
-        (("explain", "tiny", "IMAGE", "--quantile", "2"), "Option 'quantile' is 2.0; allowed: a number in"),
-        (("table", "build", "tiny", "--data", "EMPTY", "--force"), "holds no folders of images"),
+        (("model", "show", "absent"), "holds neither model.yaml nor a numbered version folder", 1),
+        (("explain", "tiny", "IMAGE", "--target", "unicorn"), "'unicorn'; allowed: an index in 0..3", 1),
+        (("explain", "tiny", "IMAGE", "--quantile", "2"), "Option 'quantile' is 2.0; allowed: a number in", 1),
+        (("table", "build", "tiny", "--data", "EMPTY", "--force"), "holds no folders of images", 3),
     ],
     ids=["no-model", "no-such-class", "bad-option", "no-images"],
 )
-def test_a_library_error_is_one_line_on_stderr_and_exit_code_1(project, tmp_path, arguments, message):
+def test_a_library_error_is_one_line_on_stderr_and_an_exit_code(project, tmp_path, arguments, message, code):
     root, where, _ = project
     names = {"IMAGE": str(root / "images/disc/0.png"), "EMPTY": str(tmp_path)}
     folders = where[:2] if arguments[0] == "model" else where
     command = [*(names.get(a, a) for a in arguments), *map(str, folders)]
     ran = subprocess.run([sys.executable, "-m", "parchgrad", *command], capture_output=True, text=True, check=False)
-    assert ran.returncode == 1
+    assert ran.returncode == code
     assert ran.stderr.startswith("Error: ")
     assert message in ran.stderr
     assert ran.stderr.count("\n") == 1

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from parchgrad.errors import OptionError, TableError, UncoveredTargetError
-from parchgrad.selection import by_class, by_instance, channels_of_quantile
+from parchgrad.selection import best_ranked, by_class, by_instance, channels_of_quantile
 from parchgrad.statistics import ClassMoments
 from parchgrad.tables import Defaults, LayerTable, SelectionTable, load_table, quantile_of_layers
 from tests.oracles import selection
@@ -253,9 +254,12 @@ def edit_tensors(change):
     """A corruption of the tensors under a right digest: `change(tensors)` in place."""
 
     def corrupt(folder):
-        tensors = load_file(folder / "table.safetensors")
+        path = folder / "table.safetensors"
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = {key: value.clone() for key, value in load_file(path).items()}
         change(tensors)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "table.safetensors")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
         digest = hashlib.sha256((folder / "table.safetensors").read_bytes()).hexdigest()
         edit_manifest(lambda m: m.update(table_sha256=digest))(folder)
 
@@ -285,6 +289,25 @@ def poke(name, index, value):
     return edit_tensors(change)
 
 
+def edit_layout(change):
+    """A corruption of the layers that the tensors themselves name, under a right digest."""
+
+    def corrupt(folder):
+        path = folder / "table.safetensors"
+        with safe_open(path, framework="pt") as file:
+            layers = json.loads(file.metadata()["layers"])
+        change(layers)
+        save_file(load_file(path), path, {"layers": json.dumps(layers)})
+        edit_manifest(lambda m: m.update(table_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))(folder)
+
+    return corrupt
+
+
+def swap_layers(layers):
+    """Two layers of one width, in the order of another network."""
+    layers[1], layers[2] = layers[2], layers[1]
+
+
 def flip_byte(folder):
     path = folder / "table.safetensors"
     data = bytearray(path.read_bytes())
@@ -304,8 +327,8 @@ def duplicate_layer(manifest):
 
 
 CORRUPTIONS = {
-    "format-version": (put(format_version=2), r"format version 2.*reads 1"),
-    "format-version-text": (put(format_version="1"), r"format version '1'.*reads 1"),
+    "format-version": (put(format_version=1), r"format version 1.*reads 2"),
+    "format-version-text": (put(format_version="2"), r"format version '2'.*reads 2"),
     "no-format-version": (drop("format_version"), "no format_version"),
     "manifest-not-json": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json' cannot be read"),
     "manifest-a-list": (lambda f: (f / "manifest.json").write_text("[]"), "no format_version"),
@@ -321,42 +344,36 @@ CORRUPTIONS = {
         ),
         "'made-up'.*not a safetensors file",
     ),
-    "missing-layer": (
-        edit_tensors(lambda t: [t.pop(k) for k in list(t) if k.startswith("left/")]),
-        "'made-up'.*layer 'left'",
+    "missing-layer": (edit_layout(lambda layers: layers.pop(1)), r"'made-up'.*has layer \('right', 8\) where.*'left'"),
+    "swapped-layers": (
+        edit_layout(swap_layers),
+        r"'made-up'.*has layer \('right', 8\) where its manifest has \('left'",
     ),
-    "missing-field": (edit_tensors(lambda t: t.pop("join/std")), "layer 'join' has no 'std'"),
+    "no-layout": (edit_layout(lambda layers: layers.clear()), r"'made-up'.*has layer None where"),
+    "missing-field": (edit_tensors(lambda t: t.pop("std")), "'made-up' has no 'std'"),
     "layer-not-in-manifest": (edit_manifest(lambda m: m["layers"].pop(1)), "left"),
-    "duplicate-layer": (edit_manifest(duplicate_layer), "'made-up'.*a layer twice"),
-    "wrong-channel-count": (edit_manifest(lambda m: m["layers"][3].update(channels=13)), r"'join' .*12.*13 channels"),
+    "duplicate-layer": (edit_manifest(duplicate_layer), r"'made-up'.*has layer None where its manifest has \('stem'"),
+    "wrong-channel-count": (edit_manifest(lambda m: m["layers"][3].update(channels=13)), r"'join', 12\).*'join', 13\)"),
     "no-channel-count": (edit_manifest(lambda m: m["layers"][3].pop("channels")), "'made-up'.*channels"),
     "wrong-shape-rows": (
-        tensor("join/log_p", lambda x: x[:2]),
-        r"'join': 'log_p' is .*\(2, 12\), expected .*\(3, 12\)",
+        tensor("log_p", lambda x: x[:2]),
+        r"'stem': 'log_p' is .*\(2, 8\), expected .*\(3, 8\)",
     ),
-    "wrong-shape-rank": (
-        tensor("join/rank", lambda x: x[:, :-1]),
-        r"'join': 'rank' is .*\(3, 11\), expected .*\(3, 12\)",
+    "wrong-shape-rank": (tensor("rank", lambda x: x[:, :-1]), r"'rank' has shape \(3, 35\).* 36 channels together"),
+    "wrong-shape-mean": (tensor("mean", lambda x: x[:-1]), r"'mean' has shape \(35,\).* 36 channels together"),
+    "wrong-shape-scalar": (tensor("log_p", lambda x: x[0, 0]), r"'log_p' has shape \(\)"),
+    "wrong-shape-vector": (tensor("log_p", lambda x: x[0]), r"'stem': 'log_p' is .*\(8,\)"),
+    "wrong-type": (tensor("log_p", lambda x: x.float()), "'stem': 'log_p' is torch.float32.*expected torch.float64"),
+    "wrong-rank-type": (tensor("rank", lambda x: x.long()), "'stem': 'rank' is torch.int64.*expected torch.int16"),
+    "nan-mean": (poke("mean", 30, math.nan), "'join': 'mean' and 'std' are not all finite"),
+    "infinite-mean": (poke("mean", 30, math.inf), "'join': 'mean' and 'std' are not all finite"),
+    "negative-std": (poke("std", 30, -1.0), "'join':.*a std is negative"),
+    "nan-normality": (poke("normality_p", 30, math.nan), "'join': 'normality_p' holds NaN"),
+    "statistics-point": (put(statistics_point="everywhere"), "'made-up': statistics_point is 'everywhere'"),
+    "instance-default-after-activation": (
+        edit_manifest(lambda m: (m.update(statistics_point="activation"), m["defaults"].update(selection="instance"))),
+        "'made-up': default selection 'instance' needs",
     ),
-    "wrong-shape-mean": (tensor("join/mean", lambda x: x[:-1]), r"'join': 'mean' is .*\(11,\), expected .*\(12,\)"),
-    "wrong-shape-scalar": (tensor("join/log_p", lambda x: x[0, 0]), r"'join'.*log_p.*\(\)"),
-    "wrong-shape-vector": (tensor("join/log_p", lambda x: x[0]), r"'join'.*log_p.*\(12,\)"),
-    "wrong-type": (
-        tensor("join/log_p", lambda x: x.float()),
-        "'join': 'log_p' is torch.float32.*expected torch.float64",
-    ),
-    "wrong-rank-type": (tensor("join/rank", lambda x: x.long()), "'join': 'rank' is torch.int64.*expected torch.int16"),
-    "nan-log-p": (poke("join/log_p", (1, 2), math.nan), "'join': 'log_p' holds NaN"),
-    "nan-mean": (poke("join/mean", 3, math.nan), "'join': 'mean' holds NaN"),
-    "infinite-mean": (poke("join/mean", 3, math.inf), "'join':.*'mean'"),
-    "negative-std": (poke("join/std", 3, -1.0), "'join':.*std"),
-    "positive-log-p": (poke("join/log_p", (1, 2), 0.5), "'join': a log p-value is positive, 0.5"),
-    "rank-repeats": (
-        tensor("join/rank", lambda x: x.clamp(max=5)),
-        "'join': 'rank' is not an order of its 12 channels",
-    ),
-    "rank-negative": (tensor("join/rank", lambda x: x - 1), "'join': 'rank' is not an order"),
-    "rank-reversed": (tensor("join/rank", lambda x: 11 - x), "'join': 'rank' does not follow the log p-values"),
     "class-outside": (put(classes=[4, 0, 5]), r"class 5 is outside 0\.\.4"),
     "class-repeats": (put(classes=[4, 0, 4]), "classes are empty or repeat"),
     "class-is-text": (put(classes=["4", "0", "2"]), "'made-up'"),
@@ -388,9 +405,32 @@ CORRUPTIONS = {
             "defaults",
             "built",
             "idle_layers",
+            "left_out",
+            "statistics_point",
         )
     },
 }
+
+# What opening a table does not read; `parchgrad table verify` does.
+WRONG_VALUES = {
+    "nan-log-p": (poke("log_p", (1, 30), math.nan), "'join': 'log_p' holds NaN"),
+    "positive-log-p": (poke("log_p", (1, 30), 0.5), "'join': a log p-value is positive, 0.5"),
+    "rank-repeats": (tensor("rank", lambda x: x.clamp(max=5)), "'stem': 'rank' is not an order of its 8 channels"),
+    "rank-negative": (tensor("rank", lambda x: x - 1), "'stem': 'rank' is not an order"),
+    "rank-reversed": (
+        tensor("rank", lambda x: torch.cat([7 - x[:, :8], x[:, 8:]], 1)),
+        "'stem': 'rank' does not follow the log p-values",
+    ),
+}
+
+
+@pytest.mark.parametrize("corruption", WRONG_VALUES.values(), ids=WRONG_VALUES.keys())
+def test_wrong_values_under_a_right_digest_are_found(saved, corruption):
+    corrupt, message = corruption
+    corrupt(saved[1])
+    loaded = load_table(saved[1])
+    with pytest.raises(TableError, match=message):
+        loaded.check_values()
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
@@ -452,10 +492,54 @@ def test_a_table_of_another_model_is_refused(tmp_path, case):
         load_table(tmp_path, model=package(**changes))
 
 
-@pytest.mark.parametrize("field", ["log_p", "mean", "std", "normality_p"])
+@pytest.mark.parametrize("field", ["mean", "std", "normality_p"])
 def test_a_table_made_in_memory_is_checked_too(field):
     layer = layer_table(8, 5, 0)
     broken = dataclasses.replace(layer, **{field: getattr(layer, field) * math.nan})
     table = table_for(build())
-    with pytest.raises(TableError, match=f"'stem': '{field}' holds NaN"):
+    with pytest.raises(TableError, match=f"'stem'.*{field}"):
         dataclasses.replace(table, layers={**table.layers, "stem": broken})
+
+
+def test_a_table_of_wrong_values_is_not_saved(tmp_path):
+    layer = layer_table(8, 5, 0)
+    table = table_for(build())
+    table = dataclasses.replace(
+        table, layers={**table.layers, "stem": dataclasses.replace(layer, log_p=layer.log_p * math.nan)}
+    )
+    with pytest.raises(TableError, match="'stem': 'log_p' holds NaN"):
+        table.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_layers_left_out_are_not_missed(tmp_path):
+    model = build()
+    table = table_for(model)
+    few = {name: layer for name, layer in table.layers.items() if name != "left"}
+    with pytest.raises(TableError, match="no layer 'left'"):
+        dataclasses.replace(table, layers=few).check_layers(model)
+    left_out = dataclasses.replace(table, layers=few, left_out=("left",)).save(tmp_path)
+    left_out.check_layers(model)
+    assert load_table(tmp_path).left_out == ("left",)
+
+
+def test_ranks_of_a_loaded_table_are_one_piece_of_the_file(saved):
+    """The layers are views of it: a class's ranks lie together, and nothing is copied."""
+    loaded = load_table(saved[1])
+    assert loaded.rank.shape == (3, 36)
+    assert loaded.rank.untyped_storage().data_ptr() == loaded.layers["stem"].rank.untyped_storage().data_ptr()
+    for table in (loaded, saved[0]):
+        assert torch.equal(table.rank, torch.cat([layer.rank for layer in table.layers.values()], 1))
+    mixed = dataclasses.replace(loaded, layers=dict(reversed(list(loaded.layers.items()))))
+    assert torch.equal(mixed.rank, torch.cat([layer.rank for layer in mixed.layers.values()], 1))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_best_ranked_is_by_class_layer_by_layer(rows):
+    table = table_for(build(), covered=tuple(range(rows)))
+    widths = [layer.channels for layer in table.layers.values()]
+    targets = torch.tensor([rows - 1, 0, rows - 1, rows // 2])
+    count = torch.tensor([[1, 0, 8, 3], [2, 2, 2, 2], [0, 0, 0, 0], [8, 8, 8, 12]])
+    masks = best_ranked(table.rank, targets, count, widths)
+    for i, layer in enumerate(table.layers.values()):
+        assert torch.equal(masks[i], by_class(layer.rank[targets], None, count[:, i], torch.full((4,), math.nan)))

@@ -1,0 +1,328 @@
+"""`parchgrad table build|extend|merge`: tables from images, and from other tables."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parchgrad.cli.shared import (
+    DEVICE,
+    MODELS_DIR,
+    TABLES_DIR,
+    ListParameter,
+    load_named_model,
+    named,
+    show_table,
+    table_and_model,
+)
+
+if TYPE_CHECKING:
+    from parchgrad.build import Engine, Progress, Work
+    from parchgrad.evidence import Evidence
+    from parchgrad.models import Model
+    from parchgrad.sources import Source
+    from parchgrad.tables import SelectionTable
+
+EXIT_INTERRUPTED = 130
+# Seconds between two lines of progress where there is no terminal to draw on.
+LOG_EVERY = 30.0
+
+
+def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, in the order they are listed in the help."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+READING = options(
+    click.option("--image-column", help="Column of the encoded images.  [default: the usual names]"),
+    click.option("--label-column", help="Column of the labels.  [default: the usual names]"),
+    click.option("--hold-out", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+                 help="Share of each class's images to leave for evaluation, drawn by --seed."),
+    click.option("--max-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+                 help="Share of unreadable images that stops the build."),
+)  # fmt: skip
+RUNNING = options(
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+                 help="This machine, or Ray (pip install parchgrad[ray])."),
+    click.option("--ray-address", help="Cluster to join, such as auto or ray://host:10001.  [default: a local one]"),
+    click.option("--workers", type=click.IntRange(0),
+                 help="Processes that decode; with ray, actors.  [default: by the number of cores]"),
+    click.option("--gpus-per-worker", type=click.FloatRange(0), default=0.0, show_default=True,
+                 help="With ray: GPUs an actor takes; it then runs there."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
+    click.option("--checkpoint-every", type=click.FloatRange(min=0), default=60.0, show_default=True,
+                 help="Seconds of work an interruption may cost."),
+    click.option("--restart", is_flag=True, help="Begin anew where an unfinished build was left."),
+)  # fmt: skip
+KEEPING = options(
+    click.option("--evidence/--no-evidence", "keep_evidence", default=True, show_default=True,
+                 help="Keep what the table was computed from, so that it can be merged and extended."),
+)  # fmt: skip
+FORCE = click.option("--force", is_flag=True, help="Replace the table if the model version has one already.")
+
+
+@click.command("build")
+@click.argument("model")
+@click.option(
+    "--data", required=True,
+    help="Images: a folder with one folder a class, named by class name, id or index; or a Parquet or Arrow file, a "
+    "folder of them, or a URI such as s3://bucket/train.",
+)  # fmt: skip
+@FORCE
+@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True,
+              help="Default share of a layer's channels to select.")  # fmt: skip
+@click.option("--gamma", type=float, default="inf", show_default=True, help="A number in [0, 1e6], or inf.")
+@click.option("--layers", type=ListParameter(str), default="*", show_default=True,
+              help="Glob patterns of the convolutions an explanation acts on by default.")  # fmt: skip
+@click.option("--table-layers", type=ListParameter(str), default="*", show_default=True,
+              help="Glob patterns of the convolutions that get into the table; '!pattern' leaves out.")  # fmt: skip
+@click.option("--statistics-point", type=click.Choice(["convolution", "activation"]), default="convolution",
+              show_default=True, help="Where features are taken: the paper's, or after activation.")  # fmt: skip
+@click.option("--control", type=click.Choice(["none", "benjamini_hochberg"]), default="none", show_default=True,
+              help="Adjust the p-values for the number of channels in a layer.")  # fmt: skip
+@click.option("--normality/--no-normality", default=True, show_default=True, help="Run the Shapiro-Wilk test.")
+@click.option("--normality-filter/--no-normality-filter", default=False, show_default=True,
+              help="Leave normal channels out by default.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Draws the normality test's images and --hold-out."
+)
+@READING
+@RUNNING
+@KEEPING
+@MODELS_DIR
+@TABLES_DIR
+def table_build(
+    model: str, data: str, force: bool, quantile: float, gamma: float, layers: tuple[str, ...],
+    table_layers: tuple[str, ...], statistics_point: str, control: str, normality: bool, normality_filter: bool,
+    batch_size: int, seed: int, image_column: str | None, label_column: str | None, hold_out: float, max_bad: float,
+    engine: str, ray_address: str | None, workers: int | None, gpus_per_worker: float, device: str,
+    checkpoint_every: float, restart: bool, keep_evidence: bool, models_dir: Path, tables_dir: Path,
+) -> None:  # fmt: skip
+    """Build the selection table of MODEL from images, with its golden record.
+
+    An interrupted build goes on where it was when the same command is given again.
+    """
+    from parchgrad.build import Reader, Work, subject_of
+    from parchgrad.sources import open_source
+    from parchgrad.tables import Defaults, check_defaults
+
+    loaded = load_named_model(model, models_dir)
+    folder = _place(loaded, tables_dir, force)
+    defaults = Defaults(quantile=quantile, gamma=gamma, layers=layers, normality_filter=normality_filter)
+    subject = subject_of(loaded, layers=table_layers, statistics_point=statistics_point, normality=normality, seed=seed)
+    check_defaults(loaded.name, defaults, subject.layers, tested=normality)
+    source, note = _held_out(
+        open_source(data, loaded, image_column=image_column, label_column=label_column), hold_out, seed
+    )
+    work = Work(loaded, subject, Reader(source, loaded.preprocessing, batch_size), note)
+    evidence = _gathered(
+        work, folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
+        checkpoint_every, restart,
+    )  # fmt: skip
+    table = evidence.table(defaults, control)
+    _write(table, folder, loaded, evidence, keep_evidence, device)
+    _unfinished(folder).unlink(missing_ok=True)
+
+
+@click.command("extend")
+@click.argument("table")
+@click.option("--data", required=True, help="More images, of the table's classes or of new ones; see `table build`.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws --hold-out.")
+@READING
+@RUNNING
+@KEEPING
+@MODELS_DIR
+@TABLES_DIR
+def table_extend(
+    table: str, data: str, batch_size: int, seed: int, image_column: str | None, label_column: str | None,
+    hold_out: float, max_bad: float, engine: str, ray_address: str | None, workers: int | None,
+    gpus_per_worker: float, device: str, checkpoint_every: float, restart: bool, keep_evidence: bool,
+    models_dir: Path, tables_dir: Path,
+) -> None:  # fmt: skip
+    """Add images to TABLE, as if it had been built from all of them; images it has already are left out."""
+    from parchgrad.build import Reader, Work
+    from parchgrad.sources import open_source
+    from parchgrad.store import read_evidence
+
+    opened, loaded = table_and_model(table, tables_dir, models_dir)
+    assert opened.folder is not None
+    before = read_evidence(opened)
+    source, note = _held_out(
+        open_source(
+            data, loaded, image_column=image_column, label_column=label_column, least_images=1, least_classes=1
+        ),
+        hold_out, seed,
+    )  # fmt: skip
+    known = frozenset(digest.tobytes() for digest in before.digests)
+    work = Work(loaded, before.subject, Reader(source, loaded.preprocessing, batch_size, known), note)
+    more = _gathered(
+        work, opened.folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
+        checkpoint_every, restart,
+    )  # fmt: skip
+    evidence = before.merge(more).in_order()
+    grown = evidence.table(opened.defaults, opened.built["control"])
+    _write(grown, opened.folder, loaded, evidence, keep_evidence, device)
+    _unfinished(opened.folder).unlink(missing_ok=True)
+    click.echo(f"{more.images:,} images added, {more.known:,} were in the table already", err=True)
+
+
+@click.command("merge")
+@click.argument("tables", nargs=-1, required=True)
+@FORCE
+@KEEPING
+@DEVICE
+@MODELS_DIR
+@TABLES_DIR
+def table_merge(
+    tables: tuple[str, ...], force: bool, keep_evidence: bool, device: str, models_dir: Path, tables_dir: Path
+) -> None:
+    """Make one table of TABLES of one model built from different images, as if built from all of them.
+
+    TABLES are folders, or names in --tables-dir, each with its evidence. Defaults are the first one's.
+    """
+    from parchgrad.store import read_evidence
+    from parchgrad.tables import load_table
+
+    if len(tables) < 2:
+        raise click.UsageError("TABLES is one table; give at least two to merge.")
+    opened = [load_table(named(table, tables_dir)) for table in tables]
+    first = opened[0]
+    loaded = load_named_model(f"{first.model_name}/{first.version}", models_dir)
+    folder = _place(loaded, tables_dir, force)
+    evidence = read_evidence(first)
+    for other in opened[1:]:
+        evidence = evidence.merge(read_evidence(other))
+    evidence = evidence.in_order()
+    merged = evidence.table(first.defaults, first.built["control"])
+    _write(merged, folder, loaded, evidence, keep_evidence, device)
+
+
+def _place(model: Model, tables_dir: Path, force: bool) -> Path:
+    folder = tables_dir / model.name / model.version
+    if folder.exists() and not force:
+        raise click.ClickException(f"'{folder}' exists already; --force replaces it.")
+    return folder
+
+
+def _unfinished(folder: Path) -> Path:
+    """Where a build of this folder's table is kept while it is unfinished."""
+    return folder.with_name(f".{folder.name}.unfinished.safetensors")
+
+
+def _held_out(source: Source, share: float, seed: int) -> tuple[Source, dict[str, Any]]:
+    """The source without its held-out images, and what the manifest says of it."""
+    from parchgrad.build import hold_out, note_of
+
+    if not share:
+        return source, note_of(source)
+    kept = hold_out(source, share, seed)
+    left = len(source) - len(kept)
+    return kept, note_of(source, held_out={"share": share, "seed": seed, "images": left})
+
+
+def _engine(name: str, ray_address: str | None, workers: int | None, gpus_per_worker: float, device: str) -> Engine:
+    if name == "ray":
+        from parchgrad.cluster import Ray
+
+        return Ray(workers, gpus_per_worker, ray_address)
+    from parchgrad.build import Local, best_device, default_workers
+
+    chosen = best_device() if device == "auto" else device
+    return Local(default_workers(chosen) if workers is None else workers, chosen)
+
+
+def _gathered(
+    work: Work, folder: Path, engine: Engine, max_bad: float, checkpoint_every: float, restart: bool
+) -> Evidence:
+    from parchgrad.build import gather
+    from parchgrad.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(_unfinished(folder), work.key(), checkpoint_every)
+    if restart:
+        checkpoint.clear()
+    with _interruptible(checkpoint.path), _pass_bar() as progress:
+        return gather(work, engine, max_bad=max_bad, checkpoint=checkpoint, progress=progress)
+
+
+@contextmanager
+def _interruptible(checkpoint: Path) -> Iterator[None]:
+    """Control-C and SIGTERM end the pass in order: its checkpoint is written, and said where."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted; '{checkpoint}' keeps what is done, the same command goes on from there.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _pass_bar() -> Iterator[Callable[[Progress], None]]:
+    """Images, images a second, time left, classes covered; a line now and then where standard error is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    bar = Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("{task.fields[found]}"), console=console,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    begun = logged = time.monotonic()
+    at_start: int | None = None
+
+    def update(now: Progress) -> None:
+        nonlocal logged, at_start
+        if at_start is None:
+            at_start = now.done
+            bar.start()
+            bar.add_task("Building", total=now.total, completed=now.done, speed="", found="")
+            if now.done:
+                click.echo(f"Going on after {now.done:,} of {now.total:,} images.", err=True)
+        rate = (now.done - at_start) / max(time.monotonic() - begun, 1e-9)
+        found = f"{now.classes} classes" + (f", {now.bad} unreadable" if now.bad else "")
+        bar.update(bar.task_ids[0], completed=now.done, speed=f"{rate:.1f}/s", found=found)
+        if not console.is_terminal and time.monotonic() - logged >= LOG_EVERY:
+            logged = time.monotonic()
+            left = (now.total - now.done) / rate if rate else float("inf")
+            click.echo(f"{now.done:,}/{now.total:,} images, {rate:.1f}/s, {left:.0f} s left, {found}", err=True)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _write(
+    table: SelectionTable, folder: Path, model: Model, evidence: Evidence, keep_evidence: bool, device: str
+) -> None:
+    from parchgrad.build import best_device
+    from parchgrad.store import write_table
+
+    saved = write_table(
+        table, folder, model, evidence, keep_evidence=keep_evidence,
+        device=best_device() if device == "auto" else device,
+    )  # fmt: skip
+    show_table(saved)
+    click.echo(f"Wrote {folder}")
