@@ -66,6 +66,7 @@ class Batch:
     digests: NDArray[np.uint8]
     bad: list[tuple[str, str]]
     known: int
+    failure: str = ""  # why the source could not be read at all
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,13 @@ class Reader(Dataset[Batch]):
         digests: list[bytes] = []
         bad: list[tuple[str, str]] = []
         known = 0
-        for index, data in zip(indices.tolist(), self.source.read(indices), strict=True):
+        try:
+            read = self.source.read(indices)
+        except DataError as error:
+            # Raised in a worker process it would arrive wrapped in that process's traceback.
+            nothing = np.empty((0, DIGEST_BYTES), np.uint8)
+            return Batch(number, [], self.source.targets[:0], [], nothing, [], 0, str(error))
+        for index, data in zip(indices.tolist(), read, strict=True):
             name = self.source.name(index)
             digest = b"" if isinstance(data, DataError) else digest_of(data)
             if digest in self.known:
@@ -204,7 +211,9 @@ def loader(reader: Reader, batches: NDArray[np.int64], workers: int) -> DataLoad
 
 
 def observed(network: GapNetwork, batch: Batch) -> Observation:
-    """What one batch says."""
+    """What one batch says. Raises DataError where its source failed."""
+    if batch.failure:
+        raise DataError(batch.failure)
     features: NDArray[np.floating[Any]] = np.empty((0, 0), np.float32)
     for places, images in batch.groups:
         gap = network.features(images)[: len(places)].numpy()

@@ -67,7 +67,7 @@ class Source(Protocol):
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Encoded | DataError]:
         """The encoded images at `indices`, in that order; ascending neighbours are read fastest.
 
-        An image that cannot be read is a DataError in its place, never raised.
+        An image that cannot be read is a DataError in its place; storage that fails raises one.
         """
 
     def fingerprint(self) -> str:

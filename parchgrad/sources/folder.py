@@ -91,7 +91,10 @@ class ImageFolder:
         return Path(self.root, self.names[index])
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes | DataError]:
-        """The files' bytes in order; a DataError in the place of one that cannot be read."""
+        """The files' bytes in order; a DataError in the place of one that is gone or not ours to read.
+
+        Any other failure is the disk's or the network's, not the image's, and that DataError is raised.
+        """
         return [self._read_one(int(index)) for index in indices]
 
     def fingerprint(self) -> str:
@@ -113,8 +116,10 @@ class ImageFolder:
     def _read_one(self, index: int) -> bytes | DataError:
         try:
             return self.path(index).read_bytes()
-        except OSError as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             return DataError(f"Image '{self.names[index]}' cannot be read: {error}.")
+        except OSError as error:
+            raise DataError(f"File '{self.path(index)}' cannot be read: {error}.") from error
 
 
 def _images(folder: Path) -> list[str]:

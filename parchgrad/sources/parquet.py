@@ -151,7 +151,8 @@ class ParquetImages:
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes | DataError]:
         """The encoded images in order; each row group among them is read once.
 
-        A DataError stands in the place of an image that is null or empty or lies in a row group that cannot be read.
+        A DataError stands in the place of an image that is null or empty. A row group that cannot be read is no dirty
+        image but a broken file or a store that fails: that DataError is raised.
         """
         rows = self._rows[np.asarray(indices, np.int64)]
         chunks = self._layout.chunks_of(rows)
@@ -201,8 +202,8 @@ class ParquetImages:
         except MemoryError:
             raise
         except Exception as error:  # each kind of storage raises errors of its own
-            reason = one_line(error)
-            return [self._unreadable(row, reason) for row in rows.tolist()]
+            first = self._layout.name(int(rows[0]))
+            raise DataError(f"The row group of '{first}' cannot be read: {one_line(error)}.") from error
         return [image or self._unreadable(row, _EMPTY[image]) for row, image in zip(rows.tolist(), images, strict=True)]
 
     def _unreadable(self, row: int, reason: str) -> DataError:

@@ -153,6 +153,34 @@ def test_an_unreadable_image_is_skipped_counted_and_listed(model, data, tmp_path
     assert_equal_tables(table, build_table(model, data, batch_size=batch_size))
 
 
+class FailingSource:
+    """A store that is gone after its first images."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "_source"), name)
+
+    def __len__(self):
+        return len(self._source)
+
+    def __reduce__(self):
+        return FailingSource, (self._source,)
+
+    def read(self, indices):
+        if indices[0] >= 8:
+            raise DataError("The store has gone away.")
+        return self._source.read(indices)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_fails_stops_the_build_and_is_no_bad_image(model, data, workers):
+    source = FailingSource(ImageFolder.scan(data, model))
+    with pytest.raises(DataError, match=r"^The store has gone away\.$"):
+        build_table(model, source, batch_size=4, max_bad=1.0, workers=workers)
+
+
 def assert_equal_tables(one, other):
     """To the last bit."""
     assert one.classes == other.classes
