@@ -7,8 +7,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +165,7 @@ Found = Observation | Evidence
 class Engine(Protocol):
     """Where the network runs."""
 
-    def observe(self, work: Work, batches: NDArray[np.int64]) -> Iterator[tuple[list[int], Found]]:
+    def observe(self, work: Work, batches: NDArray[np.int64]) -> Generator[tuple[list[int], Found], None, None]:
         """What the images of these batches say: numbers of some batches and what they gave, in any order."""
 
 
@@ -176,7 +176,7 @@ class Local:
     workers: int = 0
     device: str | torch.device = "cpu"
 
-    def observe(self, work: Work, batches: NDArray[np.int64]) -> Iterator[tuple[list[int], Found]]:
+    def observe(self, work: Work, batches: NDArray[np.int64]) -> Generator[tuple[list[int], Found], None, None]:
         network = network_of(work, checked_device(self.device))
         for batch in loader(work.reader, batches, self.workers):
             yield [batch.number], observed(network, batch)
@@ -320,9 +320,9 @@ def gather(
 ) -> Evidence:
     """The evidence of all of the work's images, each counted exactly once, going on from `checkpoint` if there is one.
 
-    Raises DataError when more than the share `max_bad` of the images cannot be read. Before that error, and
-    before an interruption (KeyboardInterrupt) passes on, the checkpoint is written. Raises EvidenceError, before
-    any work, for a model that is not the subject's.
+    Raises DataError when more than the share `max_bad` of the images cannot be read. Before any error or interruption
+    (KeyboardInterrupt) passes on, the checkpoint is written. Raises EvidenceError, before any work, for a model
+    that is not the subject's.
     """
     _require_subject(work)
     reader = work.reader
@@ -338,21 +338,31 @@ def gather(
             progress(Progress(looked_at, len(reader.source), classes, len(evidence.bad), evidence.known))
 
     report()
+    whole = True  # the evidence is that of `done`, no more and no less
     try:
-        for numbers, found in engine.observe(work, np.flatnonzero(~done)):
-            if done[numbers].any():
-                raise EvidenceError(f"Batches {numbers} came back twice; their images would count twice.")
-            with _interrupts_held():
-                evidence.add(found) if isinstance(found, Evidence) else evidence.observe(found)
-                covered[found.targets] = True
-                done[numbers] = True
-            report()
-            _require_readable(evidence, len(reader.source), max_bad)
-            if checkpoint:
-                checkpoint.save_if_due(evidence, done)
-    except (KeyboardInterrupt, DataError):
-        if checkpoint:
-            checkpoint.save(evidence, done)
+        # Closed at once after an error: it may hold worker processes, or a cluster.
+        with closing(engine.observe(work, np.flatnonzero(~done))) as pieces:
+            for numbers, found in pieces:
+                if done[numbers].any():
+                    raise EvidenceError(f"Batches {numbers} came back twice; their images would count twice.")
+                with _signals_held():
+                    whole = False
+                    if isinstance(found, Evidence):
+                        evidence.add(found)
+                    else:
+                        evidence.observe(found)
+                    covered[found.targets] = True
+                    done[numbers] = True
+                    whole = True
+                report()
+                _require_readable(evidence, len(reader.source), max_bad)
+                if checkpoint:
+                    checkpoint.save_if_due(evidence, done)
+    except BaseException:
+        if checkpoint and whole:
+            with _signals_held() as waiting:
+                checkpoint.save(evidence, done)
+                waiting.clear()  # this is the end already
         raise
     evidence.sources = [{**work.note, "images": evidence.images}]
     return evidence.in_order()
@@ -364,19 +374,22 @@ def _require_subject(work: Work) -> None:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the block's end: half of a batch must not get into a checkpoint."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
+def _signals_held() -> Iterator[list[int]]:
+    """Signals that may raise wait for the block's end: half of a batch must not get into a checkpoint.
+
+    SIGINT, SIGTERM, and SIGCHLD, at which a DataLoader raises where a worker has died. Yields those that wait.
+    """
     waiting: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield waiting  # signals are the main thread's
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
     # None: set by no Python code, so not ours to put back.
     before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not None}
     try:
         for number in before:
             signal.signal(number, lambda held, frame: waiting.append(held))
-        yield
+        yield waiting
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -405,7 +418,5 @@ def _in_runs(batches: NDArray[np.int64], workers: int, reader: Reader) -> list[i
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Control-C reaches every process of the terminal, a scheduler's SIGTERM every process of a job; the parent ends
-    # its workers in order, and would take one that ended by itself for a crash.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Control-C reaches every process of the terminal; the parent ends its workers in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

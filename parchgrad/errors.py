@@ -53,6 +53,10 @@ class OptionError(ParchGradError):
         self.value = value
         self.allowed = allowed
 
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, object, str]]:
+        # From a worker process it comes as these three, not as its message.
+        return type(self), (self.option, self.value, self.allowed)
+
 
 class UnknownTargetError(OptionError):
     """A target is neither a class index nor a class name of the model."""

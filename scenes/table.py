@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 from rich.progress import Progress
 
-from parchgrad import golden
 from parchgrad.build import build_table
-from parchgrad.explainer import Explainer
 from parchgrad.models import load_model
+from parchgrad.store import write_table
 from scenes.folder import write_folder
 
 NAME = "scenes"
@@ -32,8 +31,7 @@ def main(count: int, size: int, models_dir: Path, tables_dir: Path) -> None:
         table = build_table(model, folder, progress=lambda pass_: progress.update(task, completed=pass_.done))
     # The folder's name is random; the scenes are what the table is made of.
     table.built["data"] = f"scenes, split 'table', 0 to {count - 1}, {size} pixels"
-    saved = table.save(tables_dir / NAME / model.version)
-    golden.record(Explainer(model, saved), tables_dir / NAME / model.version)
+    saved = write_table(table, tables_dir / NAME / model.version, model)
     click.echo(f"wrote {saved.folder}")
 
 
