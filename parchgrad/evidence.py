@@ -160,6 +160,8 @@ class Evidence:
         merged = Evidence(self.subject, set(self.classes) | set(other.classes))
         merged.add(self)
         merged.add(other)
+        # Looked at twice, where a folder has grown: a bad image has no digest to be known by.
+        merged.bad = sorted(set(merged.bad))
         return merged
 
     def table(self, defaults: Defaults, control: str = "none") -> SelectionTable:

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -140,15 +140,21 @@ def _images_match(table: SelectionTable) -> str:
 def _evidence_agrees(table: SelectionTable) -> str:
     if not (_folder(table) / EVIDENCE_FILE).is_file():
         raise _AbsentError(f"no {EVIDENCE_FILE}: the table cannot grow")
-    again = read_evidence(table).table(table.defaults, table.built.get("control", "none"))
-    if again.classes != table.classes or again.images_per_class != table.images_per_class:
-        raise EvidenceError("The evidence is of other classes, or of other numbers of images.")
+    evidence = read_evidence(table)
+    try:
+        again = evidence.table(table.defaults, table.built.get("control", "none"))
+    except (LookupError, TypeError, ValueError) as error:
+        raise EvidenceError(f"The evidence gives no table: {type(error).__name__} {error}.") from error
+    for what in ("model_name", "version", "weights_sha256", "labels", "classes", "images_per_class", "layer_names"):
+        if getattr(again, what) != getattr(table, what):
+            raise EvidenceError(f"The evidence is of another table: {what} differs.")
+    if again.built["images_sha256"] != table.built.get("images_sha256"):
+        raise EvidenceError("The evidence is of other images than the manifest says.")
     for name, layer in again.layers.items():
-        mine = table.layers.get(name)
-        if mine is None or not all(
-            torch.equal(getattr(layer, field), getattr(mine, field)) for field in ("rank", "log_p", "mean", "std")
-        ):
-            raise EvidenceError(f"The evidence gives other values in layer '{name}'.")
+        for field in fields(layer):
+            mine, found = getattr(table.layers[name], field.name), getattr(layer, field.name)
+            if mine is not found and (mine is None or found is None or not torch.equal(mine, found)):
+                raise EvidenceError(f"The evidence gives other values in layer '{name}': '{field.name}' differs.")
     return "the evidence gives this very table"
 
 

@@ -99,17 +99,40 @@ def show_table(table: SelectionTable) -> None:
     channels = sum(layer.channels for layer in table.layers.values())
     images, built = table.images_per_class, table.built
     bad = built.get("bad_images", [])
-    click.echo(f"table         {table.name}, version {table.version}, of model {table.model_name}")
-    click.echo(f"classes       {len(table.classes)} of the model's {len(table.labels)}")
-    click.echo(f"images        {sum(images):,}; {min(images)} to {max(images)} a class; {len(bad)} unreadable left out")
-    for name, reason in bad[:5]:
-        click.echo(f"              {name}: {reason}")
-    click.echo(
-        f"layers        {len(table.layers)}, {channels:,} channels; "
-        f"{len(table.left_out)} left out, {len(table.idle_layers)} idle in prediction"
-    )
-    click.echo(f"defaults      {table.defaults}")
-    for key, value in built.items():
-        if key != "bad_images":
-            click.echo(f"{key:13} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
-    click.echo(f"table_sha256  {table.table_sha256}")
+    normality = built.get("normality")
+    lines = {
+        "table": f"{table.name}, version {table.version}, of model {table.model_name}",
+        "classes": f"{len(table.classes)} of the model's {len(table.labels)}",
+        "images": f"{sum(images):,}; {min(images)} to {max(images)} a class; {len(bad)} unreadable left out",
+        "layers": f"{len(table.layers)}, {channels:,} channels; {len(table.left_out)} left out, "
+        f"{len(table.idle_layers)} idle in prediction",
+        "data": "; ".join(_sources(built.get("data", ""))),
+        "feature": built.get("feature", ""),
+        "test": f"{built.get('test', '')}; control: {built.get('control', 'none')}",
+        "normality": f"tested on {normality['images']:,} images" if normality else "not tested",
+        "defaults": ", ".join(f"{name} {value}" for name, value in table.defaults.to_json().items()),
+        "tuned": json.dumps(built["tuned"], ensure_ascii=False) if "tuned" in built else "no",
+        "built by": built.get("by", ""),
+        "table_sha256": table.table_sha256,
+    }
+    for name, value in lines.items():
+        click.echo(f"{name:12}  {value}")
+    for name, reason in bad[:SHOWN_BAD]:
+        click.echo(f"unreadable    {name}: {reason}")
+    if len(bad) > SHOWN_BAD:
+        click.echo(f"unreadable    {len(bad) - SHOWN_BAD} more in {table.folder}/manifest.json")
+
+
+SHOWN_BAD = 5
+
+
+def _sources(data: object) -> list[str]:
+    """Where the images came from, a line each; a table not built from files says it in its own words."""
+    if not isinstance(data, list):
+        return [str(data)]
+    lines = []
+    for source in data:
+        held = source.get("held_out")
+        left = f" ({held['images']:,} held out by seed {held['seed']})" if held else ""
+        lines.append(f"{source['root']}: {source['images']:,} images{left}")
+    return lines

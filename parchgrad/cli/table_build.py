@@ -129,12 +129,13 @@ def table_build(
         open_source(data, loaded, image_column=image_column, label_column=label_column), hold_out, seed
     )
     work = Work(loaded, subject, Reader(source, loaded.preprocessing, batch_size), note)
-    evidence = _gathered(
-        work, folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
-        checkpoint_every, restart,
-    )  # fmt: skip
-    table = evidence.table(defaults, control)
-    _write(table, folder, loaded, evidence, keep_evidence, device)
+    with _interruptible(_unfinished(folder)):
+        evidence = _gathered(
+            work, folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
+            checkpoint_every, restart,
+        )  # fmt: skip
+        table = evidence.table(defaults, control)
+        _write(table, folder, loaded, evidence, keep_evidence, device)
     _unfinished(folder).unlink(missing_ok=True)
 
 
@@ -170,13 +171,14 @@ def table_extend(
     )  # fmt: skip
     known = frozenset(digest.tobytes() for digest in before.digests)
     work = Work(loaded, before.subject, Reader(source, loaded.preprocessing, batch_size, known), note)
-    more = _gathered(
-        work, opened.folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
-        checkpoint_every, restart,
-    )  # fmt: skip
-    evidence = before.merge(more).in_order()
-    grown = evidence.table(opened.defaults, opened.built["control"])
-    _write(grown, opened.folder, loaded, evidence, keep_evidence, device)
+    with _interruptible(_unfinished(opened.folder)):
+        more = _gathered(
+            work, opened.folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
+            checkpoint_every, restart,
+        )  # fmt: skip
+        evidence = before.merge(more).in_order()
+        grown = evidence.table(opened.defaults, opened.built["control"])
+        _write(grown, opened.folder, loaded, evidence, keep_evidence, device)
     _unfinished(opened.folder).unlink(missing_ok=True)
     click.echo(f"{more.images:,} images added, {more.known:,} were in the table already", err=True)
 
@@ -255,13 +257,13 @@ def _gathered(
     checkpoint = Checkpoint(_unfinished(folder), work.key(), checkpoint_every)
     if restart:
         checkpoint.clear()
-    with _interruptible(checkpoint.path), _pass_bar() as progress:
+    with _pass_bar() as progress:
         return gather(work, engine, max_bad=max_bad, checkpoint=checkpoint, progress=progress)
 
 
 @contextmanager
 def _interruptible(checkpoint: Path) -> Iterator[None]:
-    """Control-C and SIGTERM end the pass in order: its checkpoint is written, and said where."""
+    """Control-C and SIGTERM end the work in order: no scraps are left, and it is said where the checkpoint is."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -270,7 +272,8 @@ def _interruptible(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"Interrupted; '{checkpoint}' keeps what is done, the same command goes on from there.", err=True)
+        keeps = f"'{checkpoint}' keeps what is done, the same command goes on from there"
+        click.echo(f"Interrupted; {keeps if checkpoint.is_file() else 'nothing was done yet'}.", err=True)
         sys.exit(EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
