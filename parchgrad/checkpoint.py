@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from parchgrad.errors import EvidenceError
 from parchgrad.evidence import Evidence
+from parchgrad.files import remove
 
 # A checkpoint is written at most so often that it takes this share of the time.
 SHARE_OF_TIME = 0.05
@@ -69,4 +70,4 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove the file."""
-        self.path.unlink(missing_ok=True)
+        remove(self.path)

@@ -28,6 +28,7 @@ class GapNetwork:
     ) -> None:
         self._module = private_view(module, device)
         self._device = device
+        self._dtype = next(p for p in self._module.parameters() if p.is_floating_point()).dtype
         self._layers = tuple(layers)
         self._found: dict[str, Tensor] = {}
         self._following = _Following(self._found) if point == "activation" else None
@@ -38,7 +39,7 @@ class GapNetwork:
         """GAP features `(B, N)` of normalised `images` `(B, 3, h, w)`, layers side by side, on the CPU."""
         self._found.clear()
         with torch.inference_mode(), self._following or nullcontext():
-            self._module(images.to(self._device))
+            self._module(images.to(self._device, self._dtype))
         for name in self._layers:
             if name not in self._found:
                 raise UnsupportedModelError(f"Layer '{name}' took no part in the model's forward pass.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -50,16 +51,31 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove(path: Path) -> None:
+    """Remove a file that these functions write, and what a killed process left of writing it."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(_scratch(path), ignore_errors=True)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed to `path` when the block ends well, else removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A file to write, which is renamed to `path` when the block ends well, else removed.
+
+    It lies in a folder of its own, as safetensors has a temporary file too: what a killed process left is removed.
+    """
+    folder = _scratch(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        yield folder / path.name
+        _flush(folder / path.name)
+        os.replace(folder / path.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -67,10 +83,19 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes `target`'s place when the block ends well; otherwise nothing has changed.
 
     What stood at `target` before is exchanged in one step where the system can (Linux), so that neither a crash
-    nor a full disk ever leaves half a folder, and then removed.
+    nor a full disk ever leaves half a folder, and then removed. What killed processes left is removed as well.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as made:
+    for scrap in target.parent.glob(f".{target.name}.*.new"):
+        with _held(scrap) as ours:
+            if ours:
+                shutil.rmtree(scrap, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".new", ignore_cleanup_errors=True
+        ) as made,
+        _held(Path(made)),
+    ):
         staged = Path(made) / target.name
         staged.mkdir()
         yield staged
@@ -88,6 +113,31 @@ def new_folder(target: Path) -> Iterator[Path]:
                 if before.exists() and not target.exists():
                     before.rename(target)
         _flush(target.parent)
+
+
+@contextmanager
+def claimed(folder: Path, purpose: str) -> Iterator[None]:
+    """Hold `folder`, made if need be, until the block or the process ends. Raises OSError if another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder) as ours:
+        if not ours:
+            raise OSError(f"'{folder}' is in use by another process for {purpose}")
+        yield
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """An advisory lock on a folder, gone with the process however it ends; False where another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def copy_or_link(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ data travels with a table.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,8 @@ def record(explainer: Explainer, folder: str | os.PathLike[str]) -> Path:
         "saliency": explanation.saliency().cpu().float(),
         "target": torch.tensor([target]),
     }
-    write_tensors(path, tensors, metadata=_digests(explainer))
+    # One entry: safetensors writes several in an order of chance, and the file would differ from time to time.
+    write_tensors(path, tensors, metadata={"digests": json.dumps(_digests(explainer))})
     return path
 
 
@@ -53,10 +55,10 @@ def check(explainer: Explainer, folder: str | os.PathLike[str]) -> None:
         raise GoldenError(f"Table folder '{folder}' has no {GOLDEN_FILE}; 'parchgrad table build' writes one.")
     try:
         with safe_open(path, framework="pt") as file:
-            recorded: dict[str, str] = file.metadata() or {}
+            recorded: dict[str, str] = json.loads((file.metadata() or {}).get("digests", "{}"))
             image, logits = file.get_tensor("image").float(), file.get_tensor("logits")
             saliency, target = file.get_tensor("saliency"), int(file.get_tensor("target"))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise GoldenError(f"Golden record '{path}' cannot be read: {error}.") from error
     for what, digest in _digests(explainer).items():
         if recorded.get(what) != digest:

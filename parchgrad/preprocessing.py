@@ -155,7 +155,9 @@ def decode_image(data: bytes, name: str) -> Image:
     try:
         with PIL.Image.open(io.BytesIO(data)) as file:
             upright: Image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged header raises nearly anything: struct.error, AttributeError, TypeError ...
         # Pillow names a stream by its address in memory.
         reason = "it is no image Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise DataError(f"Image '{name}' cannot be read: {reason}.") from error

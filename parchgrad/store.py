@@ -15,7 +15,7 @@ from parchgrad import golden
 from parchgrad.errors import EvidenceError, ParchGradError, TableError
 from parchgrad.evidence import EVIDENCE_FILE, IMAGES_FILE, Evidence
 from parchgrad.explainer import Explainer
-from parchgrad.files import copy_or_link, new_folder
+from parchgrad.files import copy_or_link, file_sha256, new_folder
 from parchgrad.models import Model
 from parchgrad.tables import SelectionTable, load_table
 
@@ -46,6 +46,7 @@ def write_table(
             (staged / IMAGES_FILE).write_bytes(gzip.compress(evidence.images_record(), mtime=0))
             if keep_evidence:
                 evidence.save(staged / EVIDENCE_FILE)
+        saved.save_manifest()
     return load_table(folder, model)
 
 
@@ -75,6 +76,7 @@ def examine(table: SelectionTable, model: Model, device: str | torch.device = "c
     Its model, every value, the golden record, the record of images, and whether its evidence gives this very table.
     """
     checks: dict[str, Callable[[], str]] = {
+        "files": lambda: _files_match(table),
         "model": lambda: _model_matches(table, model),
         "values": lambda: _values_hold(table),
         "channels": lambda: _channels_vary(table),
@@ -95,6 +97,15 @@ def examine(table: SelectionTable, model: Model, device: str | torch.device = "c
 
 class _AbsentError(ParchGradError):
     """There is nothing to examine."""
+
+
+def _files_match(table: SelectionTable) -> str:
+    """What was there when the table was written is the same or gone: a served table needs less."""
+    there = {name: _folder(table) / name for name in table.files if (_folder(table) / name).is_file()}
+    for name, path in there.items():
+        if (found := file_sha256(path)) != table.files[name]:
+            raise TableError(f"Table '{table.name}': {name} has sha256 {found}, its manifest says {table.files[name]}.")
+    return f"{', '.join(there) or 'none beside the table'}: as they were written"
 
 
 def _model_matches(table: SelectionTable, model: Model) -> str:

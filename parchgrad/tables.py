@@ -138,6 +138,7 @@ class SelectionTable:
     left_out: tuple[str, ...] = ()  # convolutions that whoever built the table left out of it
     statistics_point: str = "convolution"  # one of STATISTICS_POINTS
     table_sha256: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files that lie beside it, by name
     folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -213,15 +214,22 @@ class SelectionTable:
 
         Each is written beside its place and renamed, tensors first: a crash in between leaves the old
         manifest, whose digest then refuses the new tensors, never a table that loads half new. To replace
-        the whole folder or nothing, save into a new one and `files.replace_folder`. Raises TableError for
-        values that no table has.
+        the whole folder or nothing, save into a `files.new_folder`. Raises TableError for values that no table
+        has.
         """
         self.check_values()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / TENSORS_FILE, _tensors(self), {"layers": json.dumps(_layout(self))})
-        saved = replace(self, table_sha256=file_sha256(folder / TENSORS_FILE), folder=folder)
-        write_text(folder / MANIFEST_FILE, json.dumps(saved.manifest(), indent=1, ensure_ascii=False) + "\n")
+        return replace(self, table_sha256=file_sha256(folder / TENSORS_FILE), folder=folder).save_manifest()
+
+    def save_manifest(self) -> SelectionTable:
+        """Write `manifest.json` alone into the table's folder, with the digests of what lies beside it now."""
+        if self.folder is None:
+            raise TableError(f"Table '{self.name}' has no folder yet.")
+        beside = sorted(p for p in self.folder.iterdir() if p.name not in (TENSORS_FILE, MANIFEST_FILE))
+        saved = replace(self, files={path.name: file_sha256(path) for path in beside if path.is_file()})
+        write_text(self.folder / MANIFEST_FILE, json.dumps(saved.manifest(), indent=1, ensure_ascii=False) + "\n")
         return saved
 
     def manifest(self) -> dict[str, Any]:
@@ -232,6 +240,7 @@ class SelectionTable:
             "version": self.version,
             "model": {"name": self.model_name, "weights_sha256": self.weights_sha256},
             "table_sha256": self.table_sha256,
+            "files": dict(self.files),
             "layers": [{"name": name, "channels": channels} for name, channels in _layout(self)],
             "idle_layers": list(self.idle_layers),
             "left_out": list(self.left_out),
@@ -355,6 +364,7 @@ def load_table(path: str | os.PathLike[str], model: TableModel | None = None) ->
             left_out=tuple(manifest["left_out"]),
             statistics_point=manifest["statistics_point"],
             table_sha256=digest,
+            files=dict(manifest["files"]),
             folder=folder,
         )
     except SafetensorError as error:
@@ -367,7 +377,7 @@ def load_table(path: str | os.PathLike[str], model: TableModel | None = None) ->
 
 
 _REQUIRED_KEYS = (
-    *("format_version", "name", "version", "model", "table_sha256", "layers", "idle_layers"),
+    *("format_version", "name", "version", "model", "table_sha256", "files", "layers", "idle_layers"),
     *("left_out", "statistics_point"),
     *("labels", "classes", "images_per_class", "defaults", "built"),
 )

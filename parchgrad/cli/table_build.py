@@ -117,6 +117,7 @@ def table_build(
     An interrupted build goes on where it was when the same command is given again.
     """
     from parchgrad.build import Reader, Work, subject_of
+    from parchgrad.files import claimed, remove
     from parchgrad.sources import open_source
     from parchgrad.tables import Defaults, check_defaults
 
@@ -129,14 +130,14 @@ def table_build(
         open_source(data, loaded, image_column=image_column, label_column=label_column), hold_out, seed
     )
     work = Work(loaded, subject, Reader(source, loaded.preprocessing, batch_size), note)
-    with _interruptible(_unfinished(folder)):
+    with _interruptible(_unfinished(folder)), claimed(folder.parent, "building a table"):
         evidence = _gathered(
             work, folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
             checkpoint_every, restart,
         )  # fmt: skip
         table = evidence.table(defaults, control)
         _write(table, folder, loaded, evidence, keep_evidence, device)
-    _unfinished(folder).unlink(missing_ok=True)
+    remove(_unfinished(folder))
 
 
 @click.command("extend")
@@ -157,6 +158,7 @@ def table_extend(
 ) -> None:  # fmt: skip
     """Add images to TABLE, as if it had been built from all of them; images it has already are left out."""
     from parchgrad.build import Reader, Work
+    from parchgrad.files import claimed, remove
     from parchgrad.sources import open_source
     from parchgrad.store import read_evidence
 
@@ -171,7 +173,7 @@ def table_extend(
     )  # fmt: skip
     known = frozenset(digest.tobytes() for digest in before.digests)
     work = Work(loaded, before.subject, Reader(source, loaded.preprocessing, batch_size, known), note)
-    with _interruptible(_unfinished(opened.folder)):
+    with _interruptible(_unfinished(opened.folder)), claimed(opened.folder.parent, "building a table"):
         more = _gathered(
             work, opened.folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
             checkpoint_every, restart,
@@ -179,7 +181,7 @@ def table_extend(
         evidence = before.merge(more).in_order()
         grown = evidence.table(opened.defaults, opened.built["control"])
         _write(grown, opened.folder, loaded, evidence, keep_evidence, device)
-    _unfinished(opened.folder).unlink(missing_ok=True)
+    remove(_unfinished(opened.folder))
     click.echo(f"{more.images:,} images added, {more.known:,} were in the table already", err=True)
 
 

@@ -122,6 +122,7 @@ def assert_equal(one, other):
     mine, theirs = one.manifest, other.manifest
     for manifest in (mine, theirs):
         manifest["built"].pop("data")
+        manifest["files"].pop("evidence.safetensors")
     assert mine == theirs
     with (
         safe_open(one.folder / "evidence.safetensors", "np") as a,
@@ -445,7 +446,7 @@ def test_names_of_every_kind_get_through(tables, tmp_path):
 
 # Verify
 
-EXAMINED = ("checksum", "model", "values", "channels", "golden record", "images", "evidence")
+EXAMINED = ("checksum", "files", "model", "values", "channels", "golden record", "images", "evidence")
 
 
 def test_verify_says_what_it_examined(whole):
@@ -466,10 +467,10 @@ def test_verify_finds_what_is_wrong_and_ends_with_1(whole):
         result = invoke("table", "verify", "net", "--json", *whole.where)
         assert result.exit_code == 1
         findings = {finding["what"]: finding for finding in json.loads(result.output)}
-        assert [w for w, finding in findings.items() if finding["state"] == "failed"] == [what]
+        assert [w for w, finding in findings.items() if finding["state"] == "failed"] == ["files", what]
         assert "cannot be read" in findings[what]["detail"]
         assert "\n" not in findings[what]["detail"]
-        assert invoke("table", "verify", "net", *whole.where).output.count("failed") == 1
+        assert invoke("table", "verify", "net", *whole.where).output.count("failed") == 2
         path.unlink()
         result = invoke("table", "verify", "net", *whole.where)
         assert result.exit_code == (1 if what == "golden record" else 0)
