@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
+from scipy.stats import binom, hypergeom
 
 from parchgrad.selection import channels_of_quantile
 from parchgrad.tables import NORMALITY_LEVEL, LayerTable
@@ -29,7 +31,8 @@ class Ownership:
     """By how many classes each channel of one layer is selected; the four kinds add up to `channels`."""
 
     channels: int
-    per_class: int  # channels that the quantile gives each class
+    selectable: int  # of them, those that the normality filter, if any, lets through
+    per_class: int  # channels that the quantile gives each class, before the filter
     owned: int  # selected by exactly one class
     shared: int  # by two or more, up to half of the classes
     common: int  # by more than half of them
@@ -39,9 +42,43 @@ class Ownership:
     classes_by_channel: Counts  # (C,) how many classes select each
 
     @property
+    def classes(self) -> int:
+        return len(self.owned_by_class)
+
+    @property
+    def share(self) -> float:
+        """The probability that a class which chooses at random selects a given channel that the filter lets through."""
+        return self.per_class / self.channels
+
+    @property
     def chance(self) -> float:
-        """The Jaccard index of classes that choose at random here."""
-        return chance_jaccard([self.channels], [self.per_class])
+        """The mean Jaccard index of classes that choose at random here, exactly.
+
+        Two choices have t channels in common with the hypergeometric probability, and 2 n - t between them. A filter
+        takes from what both select and from what either does alike, so the mean share stays, if anything is left.
+        """
+        count = self.per_class
+        common = np.arange(max(0, 2 * count - self.channels), count + 1)
+        either = 2 * count - common
+        nothing_left = hypergeom.pmf(0, self.channels, self.selectable, either)
+        probability = hypergeom.pmf(common, self.channels, count, count)
+        return float((probability * common / either * (1 - nothing_left)).sum())
+
+    @property
+    def chance_owned(self) -> float:
+        """How many channels exactly one class selects where all choose at random, on average."""
+        return self.selectable * self.classes * self.share * (1 - self.share) ** (self.classes - 1)
+
+    @property
+    def quarters(self) -> list[int]:
+        """By how many classes a channel is selected: least, first quarter, median, third quarter, most."""
+        found: list[int] = np.quantile(self.classes_by_channel, np.arange(5) / 4, method="inverted_cdf").tolist()
+        return found
+
+    @property
+    def chance_quarters(self) -> tuple[int, int]:
+        """The first and the third quarter of the same where classes choose at random and nothing is filtered out."""
+        return int(binom.ppf(0.25, self.classes, self.share)), int(binom.ppf(0.75, self.classes, self.share))
 
 
 @dataclass(frozen=True)
@@ -64,15 +101,30 @@ class Pair:
     in_common: int  # channels that both select
 
 
+@dataclass(frozen=True)
+class Block:
+    """Classes side by side in the order of likeness that are a branch of the clustering."""
+
+    start: int  # place of the first in that order
+    rows: list[int]
+    mean: float  # mean Jaccard index over its pairs
+
+
+def selectable_channels(layer: LayerTable, normality_filter: bool) -> Mask:
+    """`(C,)`: the channels an explanation may select at all."""
+    if not normality_filter or layer.normality_p is None:
+        return np.ones(layer.channels, bool)
+    allowed: Mask = layer.normality_p.numpy() < NORMALITY_LEVEL
+    return allowed
+
+
 def selected_channels(layer: LayerTable, quantile: float, normality_filter: bool) -> Mask:
     """`(K, C)`: the channels each class selects, as an explanation with these options does."""
     selected: Mask = layer.rank.numpy() < channels_of_quantile(quantile, layer.channels)
-    if normality_filter and layer.normality_p is not None:
-        selected &= layer.normality_p.numpy() < NORMALITY_LEVEL
-    return selected
+    return selected & selectable_channels(layer, normality_filter)
 
 
-def ownership(layer: LayerTable, selected: Mask, quantile: float) -> Ownership:
+def ownership(layer: LayerTable, selected: Mask, quantile: float, normality_filter: bool) -> Ownership:
     """Counts over the `selected` channels `(K, C)` of `layer`."""
     classes, channels = selected.shape
     times = selected.sum(axis=0)
@@ -80,6 +132,7 @@ def ownership(layer: LayerTable, selected: Mask, quantile: float) -> Ownership:
     common = (times > classes / 2) & (times > 1)
     return Ownership(
         channels=channels,
+        selectable=int(selectable_channels(layer, normality_filter).sum()),
         per_class=channels_of_quantile(quantile, channels),
         owned=int(owned.sum()),
         shared=int(((times > 1) & ~common).sum()),
@@ -113,10 +166,15 @@ def jaccard(common: Counts) -> Floats:
     return similarity
 
 
-def chance_jaccard(channels: Sequence[int], per_class: Sequence[int]) -> float:
-    """The Jaccard index of classes that choose at random: expected channels in common over those of either."""
-    both = sum(count * count / width for width, count in zip(channels, per_class, strict=True))
-    return both / (2 * sum(per_class) - both)
+def chance_jaccard(layers: Sequence[Ownership]) -> float:
+    """The Jaccard index over several layers of classes that choose at random; 0 if the filter lets nothing through.
+
+    Expected channels in common over those of either: a hair below the mean of that ratio, unless very few channels
+    are selected; for a single layer `Ownership.chance` is exact.
+    """
+    one = sum(layer.selectable * layer.share for layer in layers)
+    both = sum(layer.selectable * layer.share**2 for layer in layers)
+    return both / (2 * one - both) if one else 0.0
 
 
 def mean_of_pairs(matrix: Floats) -> float:
@@ -133,9 +191,28 @@ def similarity_order(similarity: Floats) -> NDArray[np.int64]:
     classes = len(similarity)
     if classes < 3:
         return np.arange(classes)
+    return leaves_list(_tree(similarity, optimal_ordering=classes <= OPTIMAL_ORDER_CLASSES)).astype(np.int64)
+
+
+def blocks(similarity: Floats, order: NDArray[np.int64], count: int) -> list[Block]:
+    """The tree of `similarity_order` cut into `count` branches or, at ties, fewer; those of two classes and more.
+
+    In the order of the map: a branch's leaves stand side by side however the tree is turned.
+    """
+    branch = fcluster(_tree(similarity, optimal_ordering=False), count, criterion="maxclust")[order]
+    starts = [0, *(np.flatnonzero(np.diff(branch)) + 1).tolist(), len(order)]
+    found = []
+    for start, stop in pairwise(starts):
+        rows = order[start:stop]
+        if len(rows) > 1:
+            found.append(Block(start, rows.tolist(), mean_of_pairs(similarity[np.ix_(rows, rows)])))
+    return found
+
+
+def _tree(similarity: Floats, optimal_ordering: bool) -> Floats:
     distance = squareform(1 - similarity, checks=False)
-    tree = linkage(distance, method="average", optimal_ordering=classes <= OPTIMAL_ORDER_CLASSES)
-    return leaves_list(tree).astype(np.int64)
+    tree: Floats = linkage(distance, method="average", optimal_ordering=optimal_ordering)
+    return tree
 
 
 def most_similar(similarity: Floats, common: Counts, count: int) -> list[Pair]:

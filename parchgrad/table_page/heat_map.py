@@ -34,21 +34,19 @@ class HeatMap:
     named: list[int]  # places along the map whose labels are shown where there are no cells
     cells: list[list[tuple[float, str, bool]]] | None
     picture: str
-    scale: str
     low: float
     high: float
 
 
 def heat_map(labels: Sequence[str], similarity: Floats) -> HeatMap:
     """The map of at least two classes, `(K, K)`, in the order given."""
-    low, high = _limits(similarity)
+    low, high = limits(similarity)
     places = np.linspace(0, len(labels) - 1, min(len(labels), PLACES_NAMED)).round().astype(int)
     return HeatMap(
         labels=list(labels),
         named=places.tolist(),
         cells=_cells(similarity) if len(labels) <= CLASSES_WITH_NAMES else None,
         picture=picture(similarity),
-        scale=_png(np.arange(WHITE, dtype=np.uint8)[None]),
         low=low,
         high=high,
     )
@@ -57,6 +55,17 @@ def heat_map(labels: Sequence[str], similarity: Floats) -> HeatMap:
 def picture(similarity: Floats) -> str:
     """A pixel a pair of classes, as the `data:` address of a PNG file."""
     return _png(_steps(similarity))
+
+
+def scale() -> str:
+    """The colours from dark to bright, as the `data:` address of a PNG file."""
+    return _png(np.arange(WHITE, dtype=np.uint8)[None])
+
+
+def limits(similarity: Floats) -> tuple[float, float]:
+    """Smallest and largest value between different classes: the ends of the colour scale."""
+    others = similarity[~np.eye(len(similarity), dtype=bool)]
+    return float(others.min()), float(others.max())
 
 
 def _cells(similarity: Floats) -> list[list[tuple[float, str, bool]]]:
@@ -68,15 +77,9 @@ def _cells(similarity: Floats) -> list[list[tuple[float, str, bool]]]:
     ]
 
 
-def _limits(similarity: Floats) -> tuple[float, float]:
-    """Smallest and largest value between different classes: the ends of the colour scale."""
-    others = similarity[~np.eye(len(similarity), dtype=bool)]
-    return float(others.min()), float(others.max())
-
-
 def _steps(similarity: Floats) -> Bytes:
     """`(K, K)` places in the palette; a class with itself is white, as it says nothing and would set the scale."""
-    low, high = _limits(similarity)
+    low, high = limits(similarity)
     steps = np.clip((similarity - low) / (high - low or 1.0) * (WHITE - 1), 0, WHITE - 1).round().astype(np.uint8)
     steps[np.diag_indices(len(steps))] = WHITE
     return steps

@@ -15,8 +15,8 @@ function element(name, text, className) {
 function power(log10) {
   if (log10 === null) return ["p missing"];
   if (log10 === "0") return ["0"];
-  if (log10 > -3) return [String(Number((10 ** log10).toPrecision(1)))];
-  return ["10", element("sup", log10.toFixed(0).replace("-", "−"))];
+  if (!Number.isInteger(log10) || log10 > -3) return [String(Number((10 ** log10).toPrecision(2)))];
+  return ["10", element("sup", String(log10).replace("-", "−"))];
 }
 
 function layerRow(name, flat, owned) {
@@ -38,7 +38,7 @@ function layerRow(name, flat, owned) {
 function show(row) {
   const chosen = table.classes[row];
   const owned = chosen.owned.reduce((sum, number) => sum + number, 0);
-  const alike = chosen.alike.map(([other, value]) => `${table.classes[other].label} (${value.toFixed(2)})`).join("; ");
+  const alike = chosen.alike.map(([other, value]) => `${table.classes[other].label} (${value.toFixed(3)})`).join("; ");
   document.getElementById("summary").textContent =
     `Class ${chosen.index}${chosen.id ? ` (${chosen.id})` : ""}: ${chosen.label}. ${chosen.images.toLocaleString("en")} images, owns ${owned.toLocaleString("en")} channels.` +
     (alike ? ` Most similar, with the Jaccard index: ${alike}.` : "");
@@ -52,6 +52,33 @@ function show(row) {
   for (const section of sections) section.hidden = section.dataset.row !== String(row);
   const none = document.getElementById("no-pictures");
   if (none) none.hidden = sections.some((section) => !section.hidden);
+  markScrolling();
+}
+
+// Boxes with more than is seen say so: a phone shows no scroll bar.
+function markScrolling() {
+  for (const box of document.querySelectorAll(".scroll")) box.classList.toggle("slides", box.scrollWidth > box.clientWidth + 1);
+}
+
+// Which two classes meet at a place of a map: shown under the pointer's map, kept by a click.
+function readOut(maps) {
+  const line = maps.querySelector(".readout");
+  let kept = line.textContent;
+  line.hidden = false;
+  for (const map of maps.querySelectorAll("[data-classes]")) {
+    const meeting = (event) => {
+      const box = map.getBoundingClientRect();
+      const count = Number(map.dataset.classes);
+      const place = (share) => Math.min(count - 1, Math.max(0, Math.floor(share * count)));
+      const [row, column] = [place((event.clientY - box.top) / box.height), place((event.clientX - box.left) / box.width)];
+      const label = (at) => `${table.classes[table.order[at]].label} (place ${at + 1})`;
+      const value = event.target.querySelector("title");
+      return value ? value.textContent : row === column ? label(row) : `${label(row)} – ${label(column)}`;
+    };
+    map.addEventListener("pointermove", (event) => { line.textContent = meeting(event); });
+    map.addEventListener("pointerleave", () => { line.textContent = kept; });
+    map.addEventListener("click", (event) => { line.textContent = kept = meeting(event); });
+  }
 }
 
 table.classes.forEach((chosen, row) => {
@@ -63,3 +90,5 @@ choice.value = sections.length ? sections[0].dataset.row : 0;
 choice.addEventListener("change", () => show(Number(choice.value)));
 document.getElementById("chooser").hidden = false;
 show(Number(choice.value));
+document.querySelectorAll(".maps").forEach(readOut);
+window.addEventListener("resize", markScrolling);

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,7 +24,8 @@ from parchgrad.layers import match
 from parchgrad.models import Model
 from parchgrad.sources import Source
 from parchgrad.table_page import figures, photographs
-from parchgrad.table_page.heat_map import CLASSES_WITH_NAMES, heat_map, picture
+from parchgrad.table_page.heat_map import CLASSES_WITH_NAMES, heat_map, limits, picture, scale
+from parchgrad.table_page.history import history, in_words
 from parchgrad.table_page.photographs import Progress
 from parchgrad.tables import Quantile, SelectionTable, quantile_of_layers
 
@@ -38,6 +39,11 @@ BINS = 20
 TOP = 10  # columns of a histogram end at this many times the uniform
 PAIRS = 20
 ALIKE = 5
+BLOCKS = 40  # the most branches a map without names is described by
+# From this share of shared channels on, bars of owned, common and unused ones would all look the same.
+MOSTLY_SHARED = 0.95
+# Smaller p-values are written as powers of ten.
+SMALLEST_DECIMAL = -3
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class _Share:
     title: str
     layers: int
     picture: str
+    low: float  # the ends of the picture's own scale
+    high: float
     mean: float
     chance: float
 
@@ -80,9 +88,9 @@ def write_page(
 
     `layers` and `quantile` take the table's defaults where left out. With `images`, which need the `model`, each of
     `picture_classes` (class indices; left out: all of at most 20 classes, none of more) shows the
-    `crops_per_channel` photographs that excite its `channels_per_class` strongest channels most; `progress(done,
-    total)` counts photographs. The page grows by about 20 kB a photograph shown. Raises OptionError,
-    UncoveredTargetError for a class without a row, TableError for another model's table.
+    `crops_per_channel` photographs that most excite `channels_per_class` of its strongest channels, taken from all
+    depths; `progress(done, total)` counts photographs. The page grows by about 20 kB a photograph shown. Raises
+    OptionError, UncoveredTargetError for a class without a row, TableError for another model's table.
     """
     for option, count in (("channels_per_class", channels_per_class), ("crops_per_channel", crops_per_channel)):
         if count < 1:
@@ -98,12 +106,18 @@ def write_page(
             raise OptionError("quantile", value, "0 < quantile <= 1")
     rows = _picture_rows(table, picture_classes)
     context = _header(table, names, quantiles) | _numbers(table, names, quantiles, channels_per_class)
-    context |= {"photographs": None, "pictures": None, "images_given": images is not None}
+    layers_pictured = pictured_layers(table, names)
+    context |= {
+        "photographs": None,
+        "pictures": None,
+        "images_given": images is not None,
+        "class_layers": [name for name in names if name not in layers_pictured],
+    }
     if model is not None and model.class_ids:
         for entry in context["choice"]["classes"]:
             entry["id"] = model.class_ids[entry["index"]]
     if images is not None and model is not None and rows:
-        wanted = {row: strongest_channels(table, names, row, channels_per_class) for row in rows}
+        wanted = {row: pictured_channels(table, layers_pictured, row, channels_per_class) for row in rows}
         by_layer: dict[str, list[int]] = {}
         for layer, channel in (place for places in wanted.values() for place in places):
             by_layer.setdefault(layer, []).append(channel)
@@ -114,22 +128,36 @@ def write_page(
         # The last part only, as in a table's manifest: a page is passed on, the folders of a machine are not.
         root = images.root.rstrip("/").rsplit("/", 1)[-1]
         context["photographs"] = {"root": root, "read": excited.images, "unreadable": len(excited.unreadable)}
-        context["pictures"] = _pictures(table, model, images, wanted, excited, quantiles)
+        times = {layer.name: layer.owners.classes_by_channel for layer in context["layers"]}
+        context["pictures"] = _pictures(table, model, images, wanted, excited, times)
     write_text(Path(path), _render(context))
 
 
-def strongest_channels(table: SelectionTable, layers: Sequence[str], row: int, count: int) -> list[tuple[str, int]]:
-    """A class's `count` strongest channels `(layer, channel)` over all `layers`: the smallest log p.
+def pictured_layers(table: SelectionTable, layers: Sequence[str]) -> list[str]:
+    """Those of `layers` whose channels are worth a picture.
 
-    Ties go to the better rank in its layer, then to the earlier layer. Empty for a class that was not tested.
+    Left out is the network's last layer where it has a channel for each class of the model: its strongest channel
+    is the class's own logit, which says no more than that the network classifies. Kept if there is no other.
     """
-    found: list[tuple[float, int, int, str, int]] = []
-    for position, name in enumerate(layers):
-        layer = table.layers[name]
-        log_p, rank = layer.log_p[row].numpy(), layer.rank[row].numpy()
-        for channel in np.flatnonzero((rank < count) & ~np.isnan(log_p)).tolist():
-            found.append((float(log_p[channel]), int(rank[channel]), position, name, channel))
-    return [(name, channel) for _, _, _, name, channel in sorted(found)[:count]]
+    last = table.layer_names[-1]
+    if table.layers[last].channels != len(table.labels):
+        return list(layers)
+    return [name for name in layers if name != last] or list(layers)
+
+
+def pictured_channels(table: SelectionTable, layers: Sequence[str], row: int, count: int) -> list[tuple[str, int]]:
+    """At most `count` channels `(layer, channel)` of a class, from the first of `layers` to the last.
+
+    The best-ranked channel of each of `count` evenly spaced layers; of fewer layers several best-ranked each.
+    p-values do not decide: late layers would take all places. Empty for a class that was not tested.
+    """
+    found = []
+    for position, places in Counter(np.linspace(0, len(layers) - 1, count).round().astype(int).tolist()).items():
+        layer = table.layers[layers[position]]
+        rank = layer.rank[row].numpy()
+        best = np.flatnonzero((rank < places) & ~np.isnan(layer.log_p[row].numpy()))
+        found += [(layers[position], channel) for channel in best[np.argsort(rank[best])].tolist()]
+    return found
 
 
 def _header(table: SelectionTable, names: Sequence[str], quantiles: Mapping[str, float]) -> dict[str, Any]:
@@ -141,8 +169,8 @@ def _header(table: SelectionTable, names: Sequence[str], quantiles: Mapping[str,
         "quantile_text": _range(sorted(set(quantiles.values())), "g"),
         "images": {"all": sum(images), "least": min(images), "most": max(images)},
         "channels": sum(table.layers[name].channels for name in names),
-        "defaults": table.defaults.to_json(),
-        "built": [(key, _plain(value)) for key, value in table.built.items()],
+        "defaults": in_words(table.defaults.to_json()),
+        "history": history(table.built),
     }
 
 
@@ -151,7 +179,7 @@ def _numbers(
 ) -> dict[str, Any]:
     """Everything that needs no photographs; one layer's selection in memory at a time."""
     classes = len(table.classes)
-    listed = max(1, min(listed, LISTED_CHANNELS // (classes * len(names))))
+    asked, listed = listed, max(1, min(listed, LISTED_CHANNELS // (classes * len(names))))
     layers: list[_Layer] = []
     # Summed by depth as it is counted: a matrix a layer would be 400 MB for 1000 classes and 53 layers.
     depth = np.arange(len(names)) * len(DEPTHS) // len(names)
@@ -161,7 +189,7 @@ def _numbers(
         layer, quantile = table.layers[name], quantiles[name]
         selected = figures.selected_channels(layer, quantile, table.defaults.normality_filter)
         common = figures.in_common(selected)
-        owners = figures.ownership(layer, selected, quantile)
+        owners = figures.ownership(layer, selected, quantile, table.defaults.normality_filter)
         commons[depth[len(layers)]] += common
         mean = figures.mean_of_pairs(figures.jaccard(common))
         layers.append(_Layer(name, owners, mean, figures.p_values(layer, BINS)))
@@ -176,22 +204,32 @@ def _numbers(
         entry["alike"] = [[i, round(float(similarity[row, i]), 3)] for i in alike]
     labels = [table.labels[table.classes[row]] for row in order]
     tested = sum(layer.p.tested for layer in layers)
+    channels = sum(layer.owners.channels for layer in layers)
+    named, blocks_most = classes <= CLASSES_WITH_NAMES, min(BLOCKS, classes // 4)
     return {
         "layers": layers,
         "similarity": heat_map(labels, similarity[np.ix_(order, order)]) if classes > 1 else None,
         "shares": _shares(commons, layers, depth, order) if classes > 1 else [],
         "pairs": figures.most_similar(similarity, whole, PAIRS),
-        "selections": whole.trace() / sum(layer.owners.channels for layer in layers),
-        "chance": figures.chance_jaccard(*_widths(layers)),
+        "scale": scale(),
+        "blocks": [] if named else figures.blocks(similarity, order, blocks_most),
+        "blocks_most": blocks_most,
+        "selections": whole.trace() / channels,
+        "mostly_shared": sum(layer.owners.shared for layer in layers) / channels >= MOSTLY_SHARED,
+        "most_classes": max(layer.owners.quarters[-1] for layer in layers),
+        "mean": figures.mean_of_pairs(similarity),
+        "chance": figures.chance_jaccard([layer.owners for layer in layers]),
         "below_001": sum(layer.p.below_001 * layer.p.tested for layer in layers) / tested if tested else math.nan,
         "untested": sum(layer.p.untested for layer in layers),
-        "class_table": classes <= CLASSES_WITH_NAMES,
+        "class_table": named,
         "bins": BINS,
         "top": TOP,
         "crops": table.statistics_point == "convolution",
         "listed": listed,
+        "listed_asked": asked,
         "choice": {
             "layers": [layer.name for layer in layers],
+            "order": order.tolist(),
             "classes": [
                 {"index": index, "label": table.labels[index], "images": table.images_per_class[row], **chosen[row]}
                 for row, index in enumerate(table.classes)
@@ -219,11 +257,10 @@ def _strongest_of_layer(table: SelectionTable, name: str, selected: figures.Mask
 
 
 def _json_exponent(log10_p: float) -> float | str | None:
-    return round(log10_p, 1) if math.isfinite(log10_p) else None if math.isnan(log10_p) else "0"
-
-
-def _widths(layers: Sequence[_Layer]) -> tuple[list[int], list[int]]:
-    return [layer.owners.channels for layer in layers], [layer.owners.per_class for layer in layers]
+    """A whole number for a power of ten, three digits where p is written as a decimal."""
+    if not math.isfinite(log10_p):
+        return None if math.isnan(log10_p) else "0"
+    return round(log10_p) if log10_p <= SMALLEST_DECIMAL else round(log10_p, 3)
 
 
 def _shares(
@@ -233,14 +270,17 @@ def _shares(
     shares = []
     for part, title in enumerate(DEPTHS if len(layers) >= len(DEPTHS) else ()):
         similarity = figures.jaccard(commons[part])
+        low, high = limits(similarity)
         these = [layers[i] for i in np.flatnonzero(depth == part).tolist()]
         shares.append(
             _Share(
                 title=f"{title} layers",
                 layers=len(these),
                 picture=picture(similarity[np.ix_(order, order)]),
+                low=low,
+                high=high,
                 mean=figures.mean_of_pairs(similarity),
-                chance=figures.chance_jaccard(*_widths(these)),
+                chance=figures.chance_jaccard([layer.owners for layer in these]),
             )
         )
     return shares
@@ -263,15 +303,15 @@ def _pictures(
     images: Source,
     wanted: Mapping[int, Sequence[tuple[str, int]]],
     excited: photographs.Excited,
-    quantiles: Mapping[str, float],
+    times: Mapping[str, figures.Counts],
 ) -> dict[int, list[dict[str, Any]]]:
-    """Row of a class -> its channels, each with its photographs."""
+    """Row of a class -> its channels, each with its photographs; `times` a layer's channels are selected."""
     pictures = {}
     for row, places in wanted.items():
         channels = []
         for name, channel in places:
             layer = table.layers[name]
-            log10_p = float(layer.log_p[row, channel]) / math.log(10)
+            log10_p = _json_exponent(float(layer.log_p[row, channel]) / math.log(10))
             mean, std = float(layer.mean[channel]), float(layer.std[channel])
             shown = [
                 {
@@ -283,9 +323,8 @@ def _pictures(
                 }
                 for found in excited.by_channel[name, channel]
             ]
-            selected = figures.selected_channels(layer, quantiles[name], table.defaults.normality_filter)
-            times = int(selected[:, channel].sum())
-            channels.append({"layer": name, "channel": channel, "log10_p": log10_p, "classes": times, "shown": shown})
+            by = int(times[name][channel])
+            channels.append({"layer": name, "channel": channel, "log10_p": log10_p, "classes": by, "shown": shown})
         pictures[row] = channels
     return pictures
 
@@ -299,8 +338,8 @@ def _render(context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters |= {"percent": _percent, "short": _short, "spread": figures.spread}
-    environment.tests["infinite"] = math.isinf
+    environment.filters |= {"percent": _percent, "short": _short, "spread": figures.spread, "number": _number}
+    environment.globals["smallest_decimal"] = SMALLEST_DECIMAL
     folder = files("parchgrad.table_page")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     # The one script that may run is ours: a label that slipped through the escaping would still do nothing.
@@ -313,6 +352,8 @@ def _percent(share: float) -> str:
     if math.isnan(share):
         return "–"
     value = 100 * share
+    if 0 < value < 0.001:
+        return "under 0.001 %"
     return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %" if value >= 0.95 else f"{value:.2g} %"
 
 
@@ -326,7 +367,6 @@ def _range(values: Sequence[float], spec: str) -> str:
     return f"{values[0]:{spec}}" if len(values) == 1 else f"{values[0]:{spec}} to {values[-1]:{spec}}, by layer"
 
 
-def _plain(value: object) -> str:
-    """A value of the manifest as text; long lists are cut."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 400 else f"{text[:400]} … ({len(text):,} characters)"
+def _number(value: float) -> str:
+    """An expected count: one decimal while it is small."""
+    return f"{value:,.0f}" if value >= 100 else "< 0.1" if 0 < value < 0.05 else f"{value:.1f}"

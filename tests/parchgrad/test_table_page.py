@@ -4,7 +4,9 @@ import base64
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -19,7 +21,8 @@ from parchgrad.preprocessing import Placement, Preprocessing
 from parchgrad.sources import ImageFolder
 from parchgrad.table_page import figures, photographs, write_page
 from parchgrad.table_page.heat_map import heat_map
-from parchgrad.table_page.page import strongest_channels
+from parchgrad.table_page.history import history, in_words
+from parchgrad.table_page.page import pictured_channels, pictured_layers
 from parchgrad.tables import LayerTable, SelectionTable
 from tests.oracles import selection
 from tests.oracles.tolerance import assert_close
@@ -80,7 +83,7 @@ def test_owned_shared_common_and_unused_channels(classes, quantile, normality_fi
     times = [sum(c in chosen for chosen in sets) for c in range(30)]
     mask = figures.selected_channels(layer, quantile, normality_filter)
     assert [set(np.flatnonzero(row)) for row in mask] == sets
-    found = figures.ownership(layer, mask, quantile)
+    found = figures.ownership(layer, mask, quantile, normality_filter)
     assert found.owned == sum(t == 1 for t in times)
     assert found.shared == sum(2 <= t <= classes / 2 for t in times)
     assert found.common == sum(t >= 2 and t > classes / 2 for t in times)
@@ -89,6 +92,32 @@ def test_owned_shared_common_and_unused_channels(classes, quantile, normality_fi
     assert found.dead == 1
     assert found.owned_by_class.tolist() == [sum(times[c] == 1 for c in chosen) for chosen in sets]
     assert found.classes_by_channel.tolist() == times
+    ordered = sorted(times)
+    assert found.quarters == [ordered[0], ordered[7], ordered[14], ordered[22], ordered[29]]
+    allowed = [c for c in range(30) if not normality_filter or c % 3]
+    assert found.selectable == len(allowed)
+
+
+@pytest.mark.parametrize(("classes", "width", "count"), [(1, 5, 2), (2, 4, 1), (3, 4, 2), (4, 3, 2)])
+def test_chance_is_the_mean_over_all_ways_to_choose(classes, width, count):
+    """Every combination of the classes' choices, of which the filter lets all but channel 0 through."""
+    layer = layer_table(classes, width, 0)
+    layer.normality_p[:] = 0.001
+    layer.normality_p[0] = 0.5
+    choices = list(itertools.combinations(range(width), count))
+    owned, shares, times = [], [], []
+    for chosen in itertools.product(choices, repeat=classes):
+        sets = [set(one) - {0} for one in chosen]
+        owned.append(sum(sum(c in one for one in sets) == 1 for c in range(width)))
+        times.append(sum(1 in one for one in sets))
+        if classes > 1:
+            shares.append(len(sets[0] & sets[1]) / max(len(sets[0] | sets[1]), 1))
+    mask = figures.selected_channels(layer, count / width, True)
+    found = figures.ownership(layer, mask, count / width, True)
+    assert_close(found.chance_owned, np.mean(owned))
+    if classes > 1:
+        assert_close(found.chance, np.mean(shares))
+    assert list(found.chance_quarters) == np.quantile(times, [0.25, 0.75], method="inverted_cdf").tolist()
 
 
 def test_jaccard_and_the_most_similar_pairs():
@@ -116,9 +145,17 @@ def test_jaccard_of_classes_that_select_nothing_is_zero():
 
 def test_chance_is_what_random_tables_give():
     generator = np.random.default_rng(0)
-    masks = [np.argsort(generator.random((400, width)), axis=1) < count for width, count in ((40, 4), (100, 25))]
+    masks, owners = [], []
+    for width, quantile in ((40, 0.1), (100, 0.25)):
+        layer = layer_table(400, width, 0)
+        layer.rank[:] = torch.from_numpy(np.argsort(generator.random((400, width)), axis=1))
+        masks.append(figures.selected_channels(layer, quantile, False))
+        owners.append(figures.ownership(layer, masks[-1], quantile, False))
+    for mask, owner in zip(masks, owners, strict=True):
+        mean = figures.mean_of_pairs(figures.jaccard(figures.in_common(mask)))
+        assert abs(mean - owner.chance) < 0.001
     found = figures.jaccard(sum(figures.in_common(mask) for mask in masks))
-    assert abs(figures.mean_of_pairs(found) - figures.chance_jaccard([40, 100], [4, 25])) < 0.003
+    assert abs(figures.mean_of_pairs(found) - figures.chance_jaccard(owners)) < 0.003
 
 
 def test_like_classes_stand_side_by_side():
@@ -127,6 +164,24 @@ def test_like_classes_stand_side_by_side():
     order = figures.similarity_order(similarity)
     assert sorted(order) == list(range(9))
     assert (np.diff(group[order]) != 0).sum() == 2
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_blocks_are_the_groups_in_the_order_of_the_map(turned, monkeypatch):
+    monkeypatch.setattr(figures, "OPTIMAL_ORDER_CLASSES", 400 if turned else 1)
+    generator = np.random.default_rng(1)
+    group = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 3])
+    similarity = np.where(group[:, None] == group, 0.8, 0.1) + generator.random((10, 10)) * 0.05
+    similarity = (similarity + similarity.T) / 2
+    np.fill_diagonal(similarity, 1)
+    order = figures.similarity_order(similarity)
+    found = figures.blocks(similarity, order, 4)
+    assert sorted(sorted(block.rows) for block in found) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]], "class 9 is alone"
+    assert [block.start for block in found] == sorted(block.start for block in found)
+    for block in found:
+        assert order[block.start : block.start + 3].tolist() == block.rows
+        a, b, c = block.rows
+        assert_close(block.mean, (similarity[a, b] + similarity[a, c] + similarity[b, c]) / 3)
 
 
 @pytest.mark.parametrize("classes", [1, 2])
@@ -141,17 +196,41 @@ def test_strongest_channels_of_a_layer(count):
     assert figures.strongest(layer, count).tolist() == expected
 
 
-def test_strongest_channels_over_all_layers_with_ties():
-    table = made_table()
+def test_pictured_channels_come_from_all_depths():
+    table = made_table(widths=(12, 30, 17, 9, 11, 8, 13))
     names = list(table.layers)
-    for layer in table.layers.values():
-        layer.log_p[2][layer.rank[2] == 0] = -50.0
-    places = [
-        (float(layer.log_p[2, c]), int(layer.rank[2, c]), i, c)
-        for i, layer in enumerate(table.layers.values())
-        for c in range(layer.channels)
-    ]
-    assert strongest_channels(table, names, 2, 7) == [(names[i], c) for _, _, i, c in sorted(places)[:7]]
+
+    def ranked(name, rank):
+        layer = table.layers[name]
+        return min(c for c in range(layer.channels) if int(layer.rank[2, c]) == rank)
+
+    # The last layer's p-values are by far the smallest, and must not take all places.
+    table.layers[names[-1]].log_p[2] -= 1000
+    assert pictured_channels(table, names, 2, 3) == [(names[i], ranked(names[i], 0)) for i in (0, 3, 6)]
+    assert pictured_channels(table, names, 2, 7) == [(name, ranked(name, 0)) for name in names]
+    assert pictured_channels(table, names, 2, 1) == [(names[0], ranked(names[0], 0))]
+    two = [names[1], names[4]]
+    assert pictured_channels(table, two, 2, 4) == [(name, ranked(name, rank)) for name in two for rank in (0, 1)]
+    table.layers[names[3]].log_p[2] = np.nan
+    assert pictured_channels(table, names, 2, 3) == [(names[i], ranked(names[i], 0)) for i in (0, 6)]
+
+
+@pytest.mark.parametrize(
+    ("widths", "shown", "expected"),
+    [
+        ((12, 30, 5), (0, 1, 2), (0, 1)),
+        ((12, 5, 30), (0, 1, 2), (0, 1, 2)),
+        ((12, 30, 5), (0, 1), (0, 1)),
+        ((12, 30, 5), (2,), (2,)),
+        ((12, 5, 30), (0, 1), (0, 1)),
+        ((12, 30, 3), (0, 1, 2), (0, 1, 2)),
+    ],
+    ids=["the logits", "as wide but not last", "not shown", "nothing else", "last of those shown", "covered classes"],
+)
+def test_the_layer_of_class_scores_is_not_pictured(widths, shown, expected):
+    table = made_table(widths=widths, covered=(0, 2, 3))
+    names = list(table.layers)
+    assert pictured_layers(table, [names[i] for i in shown]) == [names[i] for i in expected]
 
 
 def test_p_value_histogram():
@@ -405,7 +484,7 @@ def test_what_is_said_of_each_photograph(model, source, table, tmp_path):
     selected = {name: selected_by_loops(layer, 0.5, False) for name, layer in table.layers.items()}
     facts, heights = [], []
     for row, index in enumerate(table.classes):
-        for name, channel in strongest_channels(table, names, row, 8):
+        for name, channel in pictured_channels(table, names, row, 8):
             by_image = {i: float(values[channel]) for i, values in features[name].items() if values[channel] > 0}
             best = sorted(by_image, key=lambda i, f=by_image: -f[i])[:3]
             times = sum(channel in chosen for chosen in selected[name])
@@ -443,7 +522,8 @@ def test_the_data_behind_choosing_a_class(tmp_path):
             best = sorted(range(layer.channels), key=lambda c, layer=layer, row=row: float(layer.log_p[row, c]))[:5]
             expected = []
             for c in best:
-                log10 = round(float(layer.log_p[row, c]) / np.log(10), 1)
+                log10 = float(layer.log_p[row, c]) / np.log(10)
+                log10 = round(log10) if log10 <= -3 else round(log10, 3)
                 expected += [c, log10, sum(c in chosen for chosen in sets), int(c in sets[row])]
             assert entry["strongest"][position] == expected
             alone = [c for c in sets[row] if sum(c in chosen for chosen in sets) == 1]
@@ -533,3 +613,98 @@ def test_the_heat_map_is_as_bright_as_classes_are_alike(classes):
     if drawn.cells:
         colours = [[f"#{r:02x}{g:02x}{b:02x}" for r, g, b in line] for line in pixels.tolist()]
         assert [[cell[1] for cell in line] for line in drawn.cells] == colours
+
+
+def table_rows(page):
+    """Texts of the page's cells on one line: enough to find a row's numbers."""
+    return re.sub(r"\s+", " ", page.text)
+
+
+def test_counts_stand_beside_what_chance_gives(tmp_path):
+    table = made_table()
+    said = table_rows(page_of(table, tmp_path / "page.html", quantile=0.2))
+    for layer in table.layers.values():
+        sets, count = selected_by_loops(layer, 0.2, False), int(0.2 * layer.channels + 1e-9)
+        owned = sum(sum(c in chosen for chosen in sets) == 1 for c in range(layer.channels))
+        share = count / layer.channels
+        assert f"{layer.channels} {count} {owned} ({layer.channels * 5 * share * (1 - share) ** 4:.1f})" in said
+        pairs = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)]
+        ways = [math.comb(count, t) * math.comb(layer.channels - count, count - t) for t in range(count + 1)]
+        chance = sum(w * t / (2 * count - t) for t, w in enumerate(ways)) / sum(ways)
+        assert f"{np.mean(pairs):.3f} ({chance:.3f})" in said
+
+
+def test_layers_whose_channels_are_all_shared_show_by_how_many_classes(tmp_path):
+    table = made_table([f"class {i}" for i in range(70)])
+    page = page_of(table, tmp_path / "page.html", quantile=0.3, channels_per_class=2)
+    said = table_rows(page)
+    assert "almost every channel is shared" in said
+    for layer in table.layers.values():
+        sets = selected_by_loops(layer, 0.3, False)
+        times = sorted(sum(c in chosen for chosen in sets) for c in range(layer.channels))
+        least, first, median, third, most = (times[max(0, -(-len(times) * i // 4) - 1)] for i in range(5))
+        assert re.search(rf" {least} {first}–{third} \(\d+–\d+\) {median} {most} 0 1 ", said)
+    assert "almost every channel" not in page_of(made_table(), tmp_path / "page.html").text
+
+
+def test_a_map_without_names_can_be_read(tmp_path):
+    labels = [f"class {i}" for i in range(70)]
+    page = page_of(made_table(labels), tmp_path / "page.html")
+    assert sorted(page.data["order"]) == list(range(70))
+    assert [v for _, n, v in page.attributes if n == "data-classes"] == ["70"] * 4
+    assert "Its blocks" in page.text
+    listed = re.findall(r"class \d+(?=[;\n])", page.text[page.text.index("Its blocks") : page.text.index("By depth")])
+    assert set(listed) <= set(labels)
+
+
+def test_fewer_channels_than_asked_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("parchgrad.table_page.page.LISTED_CHANNELS", 45)
+    assert "3 of 8 asked, to keep the page small" in page_of(made_table(), tmp_path / "page.html").text
+    assert "to keep the page small" not in page_of(made_table(), tmp_path / "page.html", channels_per_class=3).text
+
+
+def test_the_layer_left_out_of_the_pictures_is_named(model, source, table, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("parchgrad.table_page.page.pictured_layers", lambda table, layers: ["first"])
+        page = page_of(table, tmp_path / "page.html", model=model, images=source, channels_per_class=3)
+    assert "Left out: second, the last layer" in page.text
+    assert not re.search(r"second, channel", page.text)
+    page = page_of(table, tmp_path / "page.html", model=model, images=source, channels_per_class=3)
+    assert "Left out: second" not in page.text
+
+
+def test_whom_the_classes_are_compared_with(tmp_path):
+    some = table_rows(page_of(made_table(labels=tuple("abcdefg"), covered=(1, 3, 6)), tmp_path / "page.html"))
+    assert "the table’s other 2 classes" in some
+    assert "the 4 classes of the model" in some
+    assert "other 4 classes and with nothing else." in table_rows(page_of(made_table(), tmp_path / "page.html"))
+
+
+def test_how_a_table_was_built_is_for_people():
+    bad = [[f"{i}.png", "is no image"] for i in range(7)]
+    sources = [{"root": "train", "images": 12_000, "fingerprint": "ab"}, {"root": "more", "images": 3}]
+    found = history(
+        {
+            "data": sources,
+            "bad_images": bad,
+            "layer_patterns": ["a*", "b*"],
+            "normality": {"images": 1000, "seed": 0},
+            "new_thing": {"one": [1, [2, 3]], "two": None},
+            "long": "x" * 500,
+        }
+    )
+    assert dict(found) == {
+        "images from": ["train: 12,000 images (fingerprint ab)", "more: 3 images"],
+        "unreadable images left out": ["7", *(f"{i}.png: is no image" for i in range(5)), "and 2 more"],
+        "layers chosen by": ["a*, b*"],
+        "normality test": ["1,000 images, drawn with seed 0"],
+        "new thing": ["one: 1, [2, 3]", "two: none"],
+        "long": ["x" * 400 + " … (500 characters)"],
+    }
+    assert in_words({"layers": ["a*", "b*"], "normality_filter": False}) == "layers a*, b*; normality filter no"
+    nothing = history({"data": "folder", "bad_images": [], "normality": None})
+    assert nothing == [
+        ("images from", ["folder"]),
+        ("unreadable images left out", ["none"]),
+        ("normality test", ["none"]),
+    ]
