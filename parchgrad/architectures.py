@@ -20,6 +20,10 @@ from parchgrad.errors import ModelError, WeightsError
 
 TIMM = "timm/"
 
+# What a factory is not given: a package has its own weights and classes, and loading one downloads and reads nothing
+# else. timm and torchvision take these names.
+_NOT_ARGUMENTS = ("pretrained", "weights", "checkpoint_path", "model_name", "num_classes")
+
 
 @dataclass(frozen=True)
 class Published:
@@ -35,16 +39,24 @@ class Published:
 def build_network(architecture: str, classes: int, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """A network with untrained weights; `arguments` are passed to its factory beside `num_classes=classes`.
 
-    Raises ModelError.
+    `module:factory` imports that module and calls the factory: code of yours, whoever wrote the name. Raises
+    ModelError, also for factories of PyTorch's own (`torch.hub` runs other people's code) and for arguments that
+    would bring other weights or classes.
     """
+    for argument in _NOT_ARGUMENTS:
+        if argument in (arguments or {}):
+            raise ModelError(
+                f"Architecture '{architecture}' takes no argument '{argument}': a package has its own weights "
+                "and classes."
+            )
     given: dict[str, Any] = {"num_classes": classes}
     factory: Callable[..., Any]
-    if ":" in architecture:
-        factory = _import_factory(architecture)
-    elif architecture.startswith(TIMM):
+    if architecture.startswith(TIMM):
         timm, name = _timm_model(architecture)
         given |= {"model_name": name, "pretrained": False}
         factory = timm.create_model
+    elif ":" in architecture:
+        factory = _import_factory(architecture)
     else:
         factory = _torchvision(architecture).get_model_builder(architecture)
         given["weights"] = None
@@ -71,17 +83,20 @@ def published(architecture: str, pretrained: str | None = None, weights_file: st
     user's own the first published one, whose preprocessing is the common one of 256 and 224 pixels.
     Raises ModelError for unknown names.
     """
+    if architecture.startswith(TIMM):
+        return _published_by_timm(architecture, pretrained)
     if ":" in architecture:
         if pretrained is not None:
             raise ModelError(f"Architecture '{architecture}' has no published weights, so none named '{pretrained}'.")
         return None
-    if architecture.startswith(TIMM):
-        return _published_by_timm(architecture, pretrained)
     return _published_by_torchvision(architecture, pretrained, weights_file)
 
 
 def _import_factory(architecture: str) -> Any:
     module_name, _, attribute = architecture.partition(":")
+    own = ModelError(f"Architecture '{architecture}' is PyTorch's own, expected a module of yours.")
+    if module_name.partition(".")[0] == "torch":
+        raise own
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
@@ -89,6 +104,8 @@ def _import_factory(architecture: str) -> Any:
             f"Architecture '{architecture}' cannot be imported ({type(error).__name__}: {error}); "
             "is its folder on the Python path?"
         ) from error
+    if getattr(factory, "__module__", None) == "torch.hub":  # under another module's name
+        raise own
     return factory
 
 
@@ -152,7 +169,7 @@ def _timm_model(architecture: str) -> tuple[ModuleType, str]:
             f"Architecture '{architecture}' needs timm, which is not installed: pip install 'parchgrad[timm]'."
         ) from error
     name = architecture.removeprefix(TIMM)
-    if not timm.is_model(name):
+    if ":" in name or not timm.is_model(name):  # 'hf-hub:owner/name' is fetched from there
         raise ModelError(f"Architecture '{architecture}' is not one of timm {timm.__version__}'s models.")
     tag = name.partition(".")[2]
     if tag and name not in timm.list_pretrained(f"{name.partition('.')[0]}.*"):

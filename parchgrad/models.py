@@ -29,7 +29,7 @@ from parchgrad.files import file_sha256, write_tensors
 from parchgrad.labels import class_index
 from parchgrad.layers import convolutions
 from parchgrad.preprocessing import Preprocessing
-from parchgrad.programs import is_program, load_program, reduce_program
+from parchgrad.programs import is_program, load_program, read_reduced, reduce_program
 from parchgrad.versions import is_version, resolve_version
 
 FORMAT_VERSION = 1
@@ -75,8 +75,10 @@ class Model:
 def load_model(path: str | os.PathLike[str]) -> Model:
     """Load and check the package at `path`: a version folder, or its parent (then the highest version).
 
-    Raises ModelError or WeightsError naming what does not hold: missing files, format version, checksum,
-    number of labels, tensors that do not fit the architecture.
+    A package whose architecture is `module:factory` runs that code, with the `arguments` that the package gives:
+    trust it as you trust code. Other packages run none of their own. Raises ModelError or WeightsError naming
+    what does not hold: missing files, format version, checksum, number of labels, tensors that do not fit the
+    architecture.
     """
     folder = resolve_version(Path(path), MANIFEST_FILE, ModelError)
     manifest = _read_manifest(folder / MANIFEST_FILE)
@@ -127,9 +129,10 @@ def add_model(
     `weights` is a `.safetensors` file, a `.pth`/`.pt` state dict (read with `weights_only=True`), a state
     dict, or a program. A label is a name, or `id<tab>name`, or a WordNet id, a space and a name.
     What is left out is what the architecture's publisher gives (`architectures.published`): weights are
-    downloaded, `pretrained` choosing among torchvision's; labels; preprocessing, of which a mapping replaces
-    single fields. `arguments` are passed to the architecture's factory beside `num_classes`. `version`
-    defaults to one above the highest there is. Raises ModelError or WeightsError.
+    downloaded; labels; preprocessing, of which a mapping replaces single fields. `pretrained` chooses among what
+    torchvision publishes: with `weights` given, labels and preprocessing alone. `arguments` are passed to the
+    architecture's factory beside `num_classes`. `version` defaults to one above the highest there is. Raises
+    ModelError or WeightsError.
     """
     if not _NAME.fullmatch(name):
         raise ModelError(f"Model name is {name!r}, expected letters, digits, '.', '_', '-', a letter or digit first.")
@@ -237,11 +240,12 @@ def _of_program(
         raise ModelError(f"Model '{name}': an exported program comes without labels; give them (--labels).")
     if pretrained is not None or arguments:
         raise ModelError(f"Model '{name}': an exported program takes neither arguments nor the name of weights.")
-    program = load_program(file)
+    content = reduce_program(file)
+    program = read_reduced(content, file.name)
     _check_finite(program.state_dict(), name)
     size = program.sides.only
     own = {} if size is None else {"size": size, "resize": round(max(size) * 256 / 224)}
-    return _Made(program, reduce_program(file), f"file {file.name}", labels, _combined(own, preprocessing))
+    return _Made(program, content, f"file {file.name}", labels, _combined(own, preprocessing))
 
 
 def _combined(base: Mapping[str, Any], changes: Preprocessing | Mapping[str, Any] | None) -> Preprocessing:

@@ -29,7 +29,9 @@ def model_group() -> None:
     help=".safetensors, .pth or .pt2.  [default: the published ones, downloaded or from the download cache]",
 )  # fmt: skip
 @click.option(
-    "--pretrained", help="Which of torchvision's published weights, such as IMAGENET1K_V1.  [default: DEFAULT]"
+    "--pretrained",
+    help="Which of torchvision's published weights, such as IMAGENET1K_V1; with --weights FILE, only "
+    "whose labels and preprocessing.  [default: DEFAULT; with FILE, those published under its name]",
 )
 @click.option(
     "--labels", type=click.Path(exists=True, dir_okay=False, path_type=Path),

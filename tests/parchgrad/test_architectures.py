@@ -115,6 +115,58 @@ def test_unknown_names_are_refused(architecture, pretrained, message):
         published(architecture, pretrained)
 
 
+HUBCONF = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\ndef net(**_): pass\n"
+
+
+@pytest.mark.parametrize(
+    "architecture", ["torch.hub:load", "torch:hub.load", "torch.hub:_load_local", "torch.nn:Conv2d"]
+)
+def test_factories_of_torch_itself_are_refused(tmp_path, architecture):
+    """`torch.hub:load` runs a file that the package brings along."""
+    (tmp_path / "hubconf.py").write_text(HUBCONF)
+    arguments = {"repo_or_dir": str(tmp_path), "model": "net", "source": "local"}
+    with pytest.raises(ModelError, match=f"'{architecture}' is PyTorch's own, expected a module of yours"):
+        build_network(architecture, 2, arguments)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("argument", ["pretrained", "weights", "checkpoint_path", "model_name", "num_classes"])
+@pytest.mark.parametrize("architecture", ["squeezenet1_1", "timm/resnet18", "tests.parchgrad.factories:small"])
+def test_arguments_that_bring_weights_or_classes_are_refused(downloads, architecture, argument):
+    """A package has its own weights, and nothing is downloaded when it is loaded."""
+    if architecture.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ModelError, match=rf"'{architecture}' takes no argument '{argument}': a package has its own"):
+        build_network(architecture, 2, {argument: "DEFAULT"})
+    assert downloads == []
+
+
+@pytest.mark.parametrize("ask", [published, lambda name: build_network(name, 2)], ids=["published", "build"])
+@pytest.mark.parametrize("architecture", ["timm/hf-hub:owner/name", "timm/hf_hub:owner/name", "timm/local-dir:folder"])
+def test_a_timm_model_of_another_place_is_refused_by_name(timm, architecture, ask):
+    with pytest.raises(ModelError, match=rf"'{architecture}' is not one of timm .*'s models"):
+        ask(architecture)
+
+
+def test_with_a_weights_file_pretrained_chooses_labels_and_preprocessing_alone(tmp_path, downloads, squeezenet):
+    torch.save(squeezenet, tmp_path / "mine.pth")
+    folder = add_model(
+        "squeezenet1_1", weights=tmp_path / "mine.pth", pretrained="IMAGENET1K_V1", models_dir=tmp_path / "models"
+    )
+    model = load_model(folder)
+    assert (downloads, model.weights_source, model.labels[0]) == ([], "file mine.pth", "tench")
+    assert published("resnet50", "IMAGENET1K_V2", "mine.pth").preprocessing["resize"] == 232
+    assert published("resnet50", None, "mine.pth").preprocessing["resize"] == 256
+    text = " ".join(CliRunner().invoke(cli, ["model", "add", "--help"]).output.split())
+    assert "with --weights FILE, only whose labels and preprocessing" in text
+
+
+def test_torchs_hub_under_another_name_is_refused():
+    architecture = "torchvision._internally_replaced_utils:load_state_dict_from_url"
+    with pytest.raises(ModelError, match="is PyTorch's own, expected a module of yours"):
+        build_network(architecture, 2)
+
+
 def test_a_name_alone_is_a_model_of_torchvision(tmp_path, downloads, squeezenet):
     folder = add_model("squeezenet1_1", models_dir=tmp_path)
     model = load_model(folder)
