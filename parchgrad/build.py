@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from parchgrad.checkpoint import Checkpoint
-from parchgrad.errors import DataError, EvidenceError
+from parchgrad.errors import DataError, EvidenceError, UnsupportedModelError, WorkerError
 from parchgrad.evidence import (
     DIGEST_BYTES,
     NORMALITY_IMAGES,
@@ -28,11 +28,12 @@ from parchgrad.evidence import (
     Observation,
     Subject,
     digest_of,
+    key_of,
     printable,
     require_same,
 )
 from parchgrad.explainer import checked_device
-from parchgrad.features import GapNetwork, running_layers
+from parchgrad.features import GapNetwork, points_reached, running_layers
 from parchgrad.layers import convolutions, match
 from parchgrad.models import Model
 from parchgrad.preprocessing import Preprocessing, decode_image
@@ -76,7 +77,7 @@ class Reader(Dataset[Batch]):
     source: Source
     preprocessing: Preprocessing
     batch_size: int
-    known: frozenset[bytes] = frozenset()  # digests of images to leave out
+    known: frozenset[bytes] = frozenset()  # `key_of` images to leave out
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
@@ -101,7 +102,7 @@ class Reader(Dataset[Batch]):
         for index, data in zip(indices.tolist(), read, strict=True):
             name = self.source.name(index)
             digest = b"" if isinstance(data, DataError) else digest_of(data)
-            if digest in self.known:
+            if key_of(digest, self.source.targets[index]) in self.known:
                 known += 1
                 continue
             try:
@@ -147,15 +148,20 @@ class Work:
     """A pass over images: all that decides its result."""
 
     model: Model
-    subject: Subject
+    about: Subject  # but for the batch size, which is the reader's
     reader: Reader
     note: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the source
+
+    @property
+    def subject(self) -> Subject:
+        """What the evidence is about."""
+        return replace(self.about, batch_size=self.reader.batch_size)
 
     def key(self) -> str:
         """Digest of all that decides the result: an interrupted pass goes on only with the same."""
         reader = self.reader
         known = sorted(digest.hex() for digest in reader.known)
-        what = [asdict(self.subject), reader.batch_size, reader.source.fingerprint(), known]
+        what = [asdict(self.subject), reader.source.fingerprint(), known]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
@@ -164,6 +170,10 @@ Found = Observation | Evidence
 
 class Engine(Protocol):
     """Where the network runs."""
+
+    @property
+    def place(self) -> str:
+        """Kind of device, for the manifest: features differ in their last digits between kinds."""
 
     def observe(self, work: Work, batches: NDArray[np.int64]) -> Generator[tuple[list[int], Found], None, None]:
         """What the images of these batches say: numbers of some batches and what they gave, in any order."""
@@ -176,10 +186,21 @@ class Local:
     workers: int = 0
     device: str | torch.device = "cpu"
 
+    @property
+    def place(self) -> str:
+        return torch.device(self.device).type
+
     def observe(self, work: Work, batches: NDArray[np.int64]) -> Generator[tuple[list[int], Found], None, None]:
         network = network_of(work, checked_device(self.device))
-        for batch in loader(work.reader, batches, self.workers):
-            yield [batch.number], observed(network, batch)
+        try:
+            for batch in loader(work.reader, batches, self.workers):
+                yield [batch.number], observed(network, batch)
+        except torch.OutOfMemoryError as error:
+            raise WorkerError(f"The device has no memory for {work.reader.batch_size} images at once.") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerError("A decoding process was killed; usually memory, or /dev/shm, was too small.") from error
 
 
 def best_device() -> str:
@@ -195,7 +216,9 @@ def default_workers(device: str) -> int:
 
 def network_of(work: Work, device: torch.device | None) -> GapNetwork:
     """The network that an engine runs, once a device."""
-    return GapNetwork(work.model.module, tuple(work.subject.layers), device, work.subject.statistics_point)
+    subject = work.subject
+    points = None if subject.statistics_point == "convolution" else subject.points
+    return GapNetwork(work.model.module, tuple(subject.layers), device, subject.statistics_point, points)
 
 
 def loader(reader: Reader, batches: NDArray[np.int64], workers: int) -> DataLoader[Batch]:
@@ -220,6 +243,9 @@ def observed(network: GapNetwork, batch: Batch) -> Observation:
         if not features.size:
             features = np.empty((len(batch.names), gap.shape[1]), gap.dtype)
         features[places] = gap
+    if not np.isfinite(features).all():
+        name = batch.names[int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])]
+        raise UnsupportedModelError(f"The network answers image '{name}' with features that are not finite.")
     return Observation(features, batch.targets, batch.names, batch.digests, batch.bad, batch.known)
 
 
@@ -233,11 +259,14 @@ def subject_of(
 ) -> Subject:
     """What evidence about `model` is about; one pass of an empty image finds the layers that run.
 
-    `layers` are glob patterns of the convolutions that get into the table. Raises UnsupportedModelError, OptionError.
+    `layers` are glob patterns of the convolutions that get into the table. Raises UnsupportedModelError, OptionError
+    (also where `statistics_point` is `activation` and no layer reaches one).
     """
     widths = convolutions(model.module)
-    running = running_layers(model.module, torch.zeros(1, 3, *model.preprocessing.size))
+    empty = torch.zeros(1, 3, *model.preprocessing.size)
+    running = running_layers(model.module, empty)
     chosen = match(running, layers)
+    points = {} if statistics_point == "convolution" else points_reached(model.module, chosen, empty)
     return Subject(
         **_identity(model),
         layers={name: widths[name] for name in chosen},
@@ -247,6 +276,7 @@ def subject_of(
         statistics_point=statistics_point,
         sample_images=NORMALITY_IMAGES if normality else 0,
         seed=seed,
+        points=points,
     )
 
 
@@ -262,18 +292,23 @@ def _identity(model: Model) -> dict[str, Any]:
 
 
 def hold_out(source: Source, share: float, seed: int) -> Source:
-    """The source without a `share` of each class's images, drawn by `seed` from its order; two of each stay."""
-    generator = np.random.default_rng(seed)
-    kept = np.ones(len(source), bool)
+    """The source without a `share` of its images, drawn by a hash of `seed` and name; two of each class stay.
+
+    Each image is drawn by itself, so that images added later change nothing for those that were there.
+    """
+    hashed = (hashlib.blake2b(source.name(i).encode("utf-8", "surrogateescape"), digest_size=8, key=str(seed).encode())
+              for i in range(len(source)))  # fmt: skip
+    place = np.array([int.from_bytes(one.digest(), "big") / 2.0**64 for one in hashed])
+    kept = place >= share
     for target in source.classes:
-        mine = generator.permutation(np.flatnonzero(source.targets == target))
-        kept[mine[: min(round(share * len(mine)), max(0, len(mine) - 2))]] = False
+        mine = np.flatnonzero(source.targets == target)
+        kept[mine[np.argsort(place[mine])[-2:]]] = True
     return source.take(np.flatnonzero(kept))
 
 
 def note_of(source: Source, **more: Any) -> dict[str, Any]:
     """What a manifest says of a source: a local one by the last part of its path."""
-    root = source.root if "://" in source.root else Path(source.root).name
+    root = source.root if "://" in source.root else Path(source.root).resolve().name
     return {"root": printable(root), "fingerprint": source.fingerprint(), **more}
 
 
@@ -338,6 +373,7 @@ def gather(
             progress(Progress(looked_at, len(reader.source), classes, len(evidence.bad), evidence.known))
 
     report()
+    _require_readable(evidence, len(reader.source), max_bad)
     whole = True  # the evidence is that of `done`, no more and no less
     try:
         # Closed at once after an error: it may hold worker processes, or a cluster.
@@ -359,12 +395,14 @@ def gather(
                 if checkpoint:
                     checkpoint.save_if_due(evidence, done)
     except BaseException:
-        if checkpoint and whole:
+        if checkpoint and whole and done.any():
             with _signals_held() as waiting:
                 checkpoint.save(evidence, done)
                 waiting.clear()  # this is the end already
         raise
-    evidence.sources = [{**work.note, "images": evidence.images}]
+    if checkpoint:
+        checkpoint.save(evidence, done)  # the statistics and the writing of the table may fail too
+    evidence.sources = [{**work.note, "images": evidence.images, "torch": torch.__version__, "ran_on": engine.place}]
     return evidence.in_order()
 
 

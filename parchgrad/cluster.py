@@ -78,6 +78,11 @@ class Ray:
         if not 0 <= self.gpus_per_worker <= 1:
             raise OptionError("gpus_per_worker", self.gpus_per_worker, "a number in [0, 1]")
 
+    @property
+    def place(self) -> str:
+        """See `Engine`."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
     def observe(self, work: Work, batches: NDArray[np.int64]) -> Generator[tuple[list[int], Found], None, None]:
         """See `Engine`. Raises ClusterError, and what a worker raised."""
         if not len(batches):

@@ -31,6 +31,14 @@ class EvidenceError(ParchGradError):
     """Evidence that a table is built from cannot be read, or does not belong together."""
 
 
+class WorkerError(ParchGradError):
+    """A process or device that a build needs gave out."""
+
+
+class InUseError(ParchGradError):
+    """Another process is at work on the same table, or has changed it meanwhile."""
+
+
 class ClusterError(ParchGradError):
     """A cluster cannot be reached, has no room, or failed; or Ray is not installed."""
 

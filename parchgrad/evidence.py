@@ -1,7 +1,7 @@
 """What images said about a network's channels: all that a selection table is computed from, and no table.
 
-Evidence is gathered image by image, kept in one file, and added together: exact moments and hashed sampling make
-the result the same to the last bit for any order, grouping or interruption.
+Evidence is gathered image by image, kept in one file, and added together: exact moments (`ClassMoments` says how far)
+and hashed sampling make the result the same to the last bit for any order, grouping or interruption.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DIGEST_BYTES = 16
 
 FEATURE_OF_POINT = {
     "convolution": "mean of ReLU of the convolution's output, before normalisation",
-    "activation": "mean after the network's own normalisation and activation",
+    "activation": "mean after the network's own normalisation and activation, as far as they follow alone",
 }
 
 
@@ -61,6 +61,8 @@ class Subject:
     statistics_point: str
     sample_images: int  # images in the normality test, at most; 0: no test
     seed: int  # draws that sample
+    points: dict[str, str] = field(default_factory=dict)  # layer -> point reached, of the point `activation` alone
+    batch_size: int = 0  # of the network's passes: features are the same to the last bit only among equal ones
 
     @property
     def channels(self) -> int:
@@ -87,6 +89,11 @@ class Observation:
 def digest_of(data: bytes) -> bytes:
     """Identity of an image: BLAKE2b of its file's bytes, `DIGEST_BYTES` long."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def key_of(digest: bytes, target: int) -> bytes:
+    """An image with its class, by which it counts once in what is put together."""
+    return digest + int(target).to_bytes(4, "little")
 
 
 def printable(name: str) -> str:
@@ -152,8 +159,8 @@ class Evidence:
         Raises EvidenceError where they are of different subjects, or an image is in both.
         """
         require_same(self.subject, other.subject)
-        if shared := _keys(self.digests) & _keys(other.digests):
-            places = [i for i, key in enumerate(_keys_in_order(other.digests)) if key in shared]
+        if shared := self.keys() & other.keys():
+            places = [i for i, key in enumerate(other._keys_in_order()) if key in shared]
             raise EvidenceError(
                 f"{len(shared)} image(s) are in both, such as '{other.names[places[0]]}'; they would count twice."
             )
@@ -179,12 +186,13 @@ class Evidence:
                 raise DataError(f"Class {index} ({label}) has {count:.0f} readable image(s); a class needs at least 2.")
         if len(self.classes) < 2:
             raise DataError("There are images of 1 class; a table contrasts at least 2.")
-        sample = self.sample.features() if subject.sample_images else None
         layers, start = {}, 0
         for name, channels in subject.layers.items():
             here = slice(start, start + channels)
             moments = self.moments.columns(here.start, here.stop)
-            layers[name] = LayerTable.from_moments(moments, None if sample is None else sample[:, here], control)
+            # A layer at a time: all of the sample once more would be the largest thing in memory.
+            sample = self.sample.features(here) if subject.sample_images else None
+            layers[name] = LayerTable.from_moments(moments, sample, control)
             start += channels
         return SelectionTable(
             name=subject.model_name,
@@ -207,9 +215,11 @@ class Evidence:
                 "bad_images": [[printable(name), printable(reason)] for name, reason in sorted(self.bad)],
                 "layer_patterns": list(subject.layer_patterns),
                 "feature": FEATURE_OF_POINT[subject.statistics_point],
+                **({"points": dict(subject.points)} if subject.points else {}),
                 "test": "one-sided Welch t, class against all other images",
                 "control": control,
-                "normality": None if sample is None else {"images": len(sample), "seed": subject.seed},
+                "normality": {"images": len(self.sample), "seed": subject.seed} if subject.sample_images else None,
+                "batch_size": subject.batch_size,
             },
         )
 
@@ -242,7 +252,7 @@ class Evidence:
     def in_order(self) -> Evidence:
         """The same evidence with its images in order of class and name, so that equal evidence gives equal files."""
         targets, digests = self.targets, self.digests
-        keys = _keys_in_order(digests)
+        keys = self._keys_in_order()
         order = sorted(range(self.images), key=lambda i: (targets[i], self.names[i], keys[i]))
         ordered = Evidence(self.subject, self.classes, self.sample.classes)
         ordered.moments, ordered.sample = self.moments, self.sample
@@ -259,6 +269,13 @@ class Evidence:
         targets = self.targets.tolist()
         lines.writerows(zip((d.tobytes().hex() for d in self.digests), targets, self.names, strict=True))
         return text.getvalue().encode("utf-8", "surrogateescape")
+
+    def keys(self) -> set[bytes]:
+        """`key_of` every image."""
+        return set(self._keys_in_order())
+
+    def _keys_in_order(self) -> list[bytes]:
+        return [key_of(digest.tobytes(), target) for digest, target in zip(self.digests, self.targets, strict=True)]
 
     def _rows(self, targets: NDArray[np.int64]) -> NDArray[np.int64]:
         rows = np.searchsorted(self.classes, targets)
@@ -298,6 +315,8 @@ class Evidence:
     def _restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         for name in ("count", "sum", "sum_low", "squares", "squares_low"):
             place = getattr(self.moments, name)
+            if tensors[name].shape != place.shape:
+                raise ValueError(f"'{name}' has shape {tuple(tensors[name].shape)}, expected {place.shape}")
             place[...] = tensors[name].numpy()
         self.sample.restore(*(tensors[f"sample_{n}"].numpy() for n in ("priorities", "features", "targets")))
         names = tensors["names"].numpy().tobytes().decode("utf-8", "surrogateescape")
@@ -373,12 +392,19 @@ class _Sample:
             targets += [target] * len(order)
         return np.concatenate(priorities), np.concatenate(features), np.array(targets, np.int64)
 
-    def features(self) -> NDArray[np.float32]:
-        """`(n, N)`, n at most the room there is: with more classes than room, the lowest priorities of all."""
-        priorities, features, _ = self.arrays()
-        if len(priorities) <= self._room:
-            return features
-        return features[np.sort(np.argsort(priorities, kind="stable")[: self._room])]
+    def __len__(self) -> int:
+        return min(self._room, sum(self._count.values()))
+
+    def features(self, channels: slice = slice(None)) -> NDArray[np.float32]:
+        """`(n, C)` of these channels: n at most the room, with more classes than room the lowest priorities of all."""
+        priorities, features = [np.empty(0, np.uint64)], []
+        for target in sorted(self._kept):
+            mine, rows = self._kept[target]
+            order = np.argsort(mine[: self._count[target]], kind="stable")
+            priorities.append(mine[order])
+            features.append(rows[:, channels][order])
+        chosen = np.sort(np.argsort(np.concatenate(priorities), kind="stable")[: self._room])
+        return np.concatenate(features)[chosen]
 
     def _priorities(self, digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
         key = str(self._seed).encode()
@@ -408,14 +434,5 @@ def require_same(one: Subject, other: Subject) -> None:
     for thing in fields(Subject):
         mine, theirs = getattr(one, thing.name), getattr(other, thing.name)
         if mine != theirs:
-            shown = ("", "") if thing.name in ("labels", "layers") else (f": {mine!r}", f" and {theirs!r}")
+            shown = ("", "") if thing.name in ("labels", "layers", "points") else (f": {mine!r}", f" and {theirs!r}")
             raise EvidenceError(f"The evidence does not add up: {thing.name} differs{shown[0]}{shown[1]}.")
-
-
-def _keys(digests: NDArray[np.uint8]) -> set[bytes]:
-    return set(_keys_in_order(digests))
-
-
-def _keys_in_order(digests: NDArray[np.uint8]) -> list[bytes]:
-    data = digests.tobytes()
-    return [data[i : i + DIGEST_BYTES] for i in range(0, len(data), DIGEST_BYTES)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from parchgrad.errors import InUseError
 
 
 def file_sha256(path: Path) -> str:
@@ -86,26 +88,21 @@ def new_folder(target: Path) -> Iterator[Path]:
     nor a full disk ever leaves half a folder, and then removed. What killed processes left is removed as well.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for scrap in target.parent.glob(f".{target.name}.*.new"):
-        with _held(scrap) as ours:
+    for scrap in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        with suppress(FileNotFoundError), _held(scrap) as ours:
             if ours:
                 shutil.rmtree(scrap, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".new", ignore_cleanup_errors=True
-        ) as made,
-        _held(Path(made)),
-    ):
-        staged = Path(made) / target.name
+    with _staging(target) as made:
+        staged = made / target.name
         staged.mkdir()
         yield staged
-        for path in staged.rglob("*"):
+        for path in (*staged.rglob("*"), staged):
             _flush(path)
         if not target.exists():
             staged.rename(target)
         elif not _exchange(staged, target):
             # Without the system call: for a moment the place is empty, never half full.
-            before = Path(made) / "before"
+            before = made / "before"
             try:
                 target.rename(before)
                 staged.rename(target)
@@ -116,26 +113,59 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, held as long as it is there, removed at the end.
+
+    Named only once it is held: under that name, one that nobody holds is a killed process's.
+    """
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".making"))
+    named = made.with_suffix(".new")
+    try:
+        with _held(made):
+            os.rename(made, named)
+            yield named
+    finally:
+        for folder in (made, named):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def claimed(folder: Path, purpose: str) -> Iterator[None]:
-    """Hold `folder`, made if need be, until the block or the process ends. Raises OSError if another process does."""
+    """Hold `folder`, made if need be, until the block or the process ends. Raises InUseError if another has it."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder) as ours:
-        if not ours:
-            raise OSError(f"'{folder}' is in use by another process for {purpose}")
-        yield
+    try:
+        with _held(folder) as ours:
+            if not ours:
+                raise InUseError(f"'{folder}' is in use by another process for {purpose}.")
+            yield
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()  # where nothing came of it
 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """An advisory lock on a folder, gone with the process however it ends; False where another process has it."""
+    """An advisory lock on a folder, gone with the process however it ends; False where another process has it.
+
+    Where the system or the file system knows no such locks, it is as if nobody held any.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            ours = False
+        except OSError:
+            ours = True
+        yield ours
     finally:
         os.close(handle)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from parchgrad import golden
-from parchgrad.errors import EvidenceError, ParchGradError, TableError
+from parchgrad.errors import EvidenceError, InUseError, ParchGradError, TableError
 from parchgrad.evidence import EVIDENCE_FILE, IMAGES_FILE, Evidence
 from parchgrad.explainer import Explainer
 from parchgrad.files import copy_or_link, file_sha256, new_folder
 from parchgrad.models import Model
-from parchgrad.tables import SelectionTable, load_table
+from parchgrad.tables import MANIFEST_FILE, SelectionTable, load_table
 
 
 def write_table(
@@ -34,6 +34,12 @@ def write_table(
     What stood in `folder` is replaced in one step at the end: a crash or a full disk before leaves it as it was.
     Without `evidence`, the files that a table already there has of it are kept. Returns the table as saved.
     """
+    if (
+        evidence is None
+        and (folder / MANIFEST_FILE).is_file()
+        and load_table(folder).table_sha256 != table.table_sha256
+    ):
+        raise InUseError(f"Table '{folder}' was replaced by another while this one was worked on.")
     with new_folder(folder) as staged:
         saved = table.save(staged)
         golden.record(Explainer(model, saved, device), staged)
@@ -52,7 +58,9 @@ def write_table(
 
 def read_evidence(table: SelectionTable) -> Evidence:
     """The evidence beside a loaded table. Raises EvidenceError where there is none."""
-    path = _folder(table) / EVIDENCE_FILE
+    path = table.in_folder / EVIDENCE_FILE
+    if path.is_file() and table.files.get(EVIDENCE_FILE, "") not in ("", file_sha256(path)):
+        raise EvidenceError(f"'{path}' is not what it was when the table was written; it is damaged or was changed.")
     if not path.is_file():
         raise EvidenceError(
             f"Table '{table.folder}' has no {EVIDENCE_FILE}: it was built with --no-evidence, or the file was removed; "
@@ -101,7 +109,7 @@ class _AbsentError(ParchGradError):
 
 def _files_match(table: SelectionTable) -> str:
     """What was there when the table was written is the same or gone: a served table needs less."""
-    there = {name: _folder(table) / name for name in table.files if (_folder(table) / name).is_file()}
+    there = {name: table.in_folder / name for name in table.files if (table.in_folder / name).is_file()}
     for name, path in there.items():
         if (found := file_sha256(path)) != table.files[name]:
             raise TableError(f"Table '{table.name}': {name} has sha256 {found}, its manifest says {table.files[name]}.")
@@ -130,12 +138,12 @@ def _channels_vary(table: SelectionTable) -> str:
 
 
 def _golden_holds(table: SelectionTable, model: Model, device: str | torch.device) -> str:
-    golden.check(Explainer(model, table, device), _folder(table))
+    golden.check(Explainer(model, table, device), table.in_folder)
     return "logits and map of the golden record reproduced"
 
 
 def _images_match(table: SelectionTable) -> str:
-    path = _folder(table) / IMAGES_FILE
+    path = table.in_folder / IMAGES_FILE
     if not path.is_file():
         raise _AbsentError(f"no {IMAGES_FILE}: which images were used is not known")
     try:
@@ -149,7 +157,7 @@ def _images_match(table: SelectionTable) -> str:
 
 
 def _evidence_agrees(table: SelectionTable) -> str:
-    if not (_folder(table) / EVIDENCE_FILE).is_file():
+    if not (table.in_folder / EVIDENCE_FILE).is_file():
         raise _AbsentError(f"no {EVIDENCE_FILE}: the table cannot grow")
     evidence = read_evidence(table)
     try:
@@ -159,6 +167,8 @@ def _evidence_agrees(table: SelectionTable) -> str:
     for what in ("model_name", "version", "weights_sha256", "labels", "classes", "images_per_class", "layer_names"):
         if getattr(again, what) != getattr(table, what):
             raise EvidenceError(f"The evidence is of another table: {what} differs.")
+    if again.built.get("points") != table.built.get("points"):
+        raise EvidenceError("The evidence has its features at other points of the network than the manifest says.")
     if again.built["images_sha256"] != table.built.get("images_sha256"):
         raise EvidenceError("The evidence is of other images than the manifest says.")
     for name, layer in again.layers.items():
@@ -167,9 +177,3 @@ def _evidence_agrees(table: SelectionTable) -> str:
             if mine is not found and (mine is None or found is None or not torch.equal(mine, found)):
                 raise EvidenceError(f"The evidence gives other values in layer '{name}': '{field.name}' differs.")
     return "the evidence gives this very table"
-
-
-def _folder(table: SelectionTable) -> Path:
-    if table.folder is None:
-        raise TableError(f"Table '{table.name}' was not loaded from a folder.")
-    return table.folder

@@ -41,7 +41,7 @@ NORMALITY_LEVEL = 0.05
 SELECTIONS = ("class", "instance")
 
 # Where a GAP feature is taken: of the convolution's own output (the paper's), or of what the network's own
-# normalisation and activation make of it.
+# normalisation and activation make of it, as far as they follow alone (`built["points"]`, layer by layer).
 STATISTICS_POINTS = ("convolution", "activation")
 
 # What stands for the p-values: as they are, or adjusted for the false discovery rate within class and layer.
@@ -145,6 +145,13 @@ class SelectionTable:
         _check_structure(self)
 
     @property
+    def in_folder(self) -> Path:
+        """The folder it was loaded from or saved to. Raises TableError where there is none."""
+        if self.folder is None:
+            raise TableError(f"Table '{self.name}' was not loaded from a folder.")
+        return self.folder
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         return tuple(self.layers)
 
@@ -225,11 +232,9 @@ class SelectionTable:
 
     def save_manifest(self) -> SelectionTable:
         """Write `manifest.json` alone into the table's folder, with the digests of what lies beside it now."""
-        if self.folder is None:
-            raise TableError(f"Table '{self.name}' has no folder yet.")
-        beside = sorted(p for p in self.folder.iterdir() if p.name not in (TENSORS_FILE, MANIFEST_FILE))
+        beside = sorted(p for p in self.in_folder.iterdir() if p.name not in (TENSORS_FILE, MANIFEST_FILE))
         saved = replace(self, files={path.name: file_sha256(path) for path in beside if path.is_file()})
-        write_text(self.folder / MANIFEST_FILE, json.dumps(saved.manifest(), indent=1, ensure_ascii=False) + "\n")
+        write_text(self.in_folder / MANIFEST_FILE, json.dumps(saved.manifest(), indent=1, ensure_ascii=False) + "\n")
         return saved
 
     def manifest(self) -> dict[str, Any]:
@@ -338,42 +343,77 @@ def load_table(path: str | os.PathLike[str], model: TableModel | None = None) ->
     missing files, format version, digest, layers, shapes, types; with `model`, also anything that is not that
     model's. What the digest vouches for is what `save` checked; `check_values` checks it again.
     """
-    folder = resolve_version(Path(path), MANIFEST_FILE, TableError)
+    for _ in range(TRIES):
+        folder = resolve_version(Path(path), MANIFEST_FILE, TableError)
+        try:
+            table = _opened(folder)
+        except _ReplacedError:
+            continue  # by another process, between the reading of its two files
+        if model is not None:
+            table.check_model(model)
+        return table
+    raise TableError(f"Table '{path}' is replaced faster than it can be opened.")
+
+
+TRIES = 5
+
+
+class _ReplacedError(Exception):
+    """What was read is of two tables."""
+
+
+def _opened(folder: Path) -> SelectionTable:
     manifest = _read_manifest(folder / MANIFEST_FILE)
     tensors_path = folder / TENSORS_FILE
     if not tensors_path.is_file():
         raise TableError(f"Table folder '{folder}' has no {TENSORS_FILE}.")
-    digest = file_sha256(tensors_path)
     name = manifest["name"]
+    with tensors_path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        digest = file_sha256(tensors_path)
+        try:
+            table = SelectionTable(
+                name=name,
+                version=manifest["version"],
+                model_name=manifest["model"]["name"],
+                weights_sha256=manifest["model"]["weights_sha256"],
+                labels=tuple(manifest["labels"]),
+                classes=tuple(manifest["classes"]),
+                layers=_layers(name, manifest["layers"], tensors_path),
+                images_per_class=tuple(manifest["images_per_class"]),
+                built=manifest["built"],
+                defaults=Defaults.from_json(manifest["defaults"]),
+                idle_layers=tuple(manifest["idle_layers"]),
+                left_out=tuple(manifest["left_out"]),
+                statistics_point=manifest["statistics_point"],
+                table_sha256=digest,
+                files=dict(manifest["files"]),
+                folder=folder,
+            )
+            problem: TableError | None = None
+        except SafetensorError as error:
+            problem = TableError(f"Table '{name}': {TENSORS_FILE} is not a safetensors file ({error}).")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = TableError(f"Table '{name}': {MANIFEST_FILE} is malformed: {type(error).__name__} {error}.")
+        except TableError as error:
+            problem = error
+        # The held file cannot be reused: if the path still leads to it, all that was read is of it.
+        if not _leads_to(tensors_path, before) or _read_manifest(folder / MANIFEST_FILE) != manifest:
+            raise _ReplacedError
     if digest != manifest["table_sha256"]:
         expected = manifest["table_sha256"]
         raise TableError(f"Table '{name}': {TENSORS_FILE} has sha256 {digest}, its manifest says {expected}.")
-    try:
-        table = SelectionTable(
-            name=name,
-            version=manifest["version"],
-            model_name=manifest["model"]["name"],
-            weights_sha256=manifest["model"]["weights_sha256"],
-            labels=tuple(manifest["labels"]),
-            classes=tuple(manifest["classes"]),
-            layers=_layers(name, manifest["layers"], tensors_path),
-            images_per_class=tuple(manifest["images_per_class"]),
-            built=manifest["built"],
-            defaults=Defaults.from_json(manifest["defaults"]),
-            idle_layers=tuple(manifest["idle_layers"]),
-            left_out=tuple(manifest["left_out"]),
-            statistics_point=manifest["statistics_point"],
-            table_sha256=digest,
-            files=dict(manifest["files"]),
-            folder=folder,
-        )
-    except SafetensorError as error:
-        raise TableError(f"Table '{name}': {TENSORS_FILE} is not a safetensors file ({error}).") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TableError(f"Table '{name}': {MANIFEST_FILE} is malformed: {type(error).__name__} {error}.") from error
-    if model is not None:
-        table.check_model(model)
+    if problem is not None:
+        raise problem
     return table
+
+
+def _leads_to(path: Path, file: os.stat_result) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return (found.st_dev, found.st_ino) == (file.st_dev, file.st_ino)
 
 
 _REQUIRED_KEYS = (

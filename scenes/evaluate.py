@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from parchgrad.evaluation.compare import LazyPictures, Picture, compare, standard_methods
+from parchgrad.evaluation.compare import compare, standard_methods
+from parchgrad.evaluation.images import LazyPictures, Picture
 from parchgrad.evaluation.mosaics import quarter_mask
 from parchgrad.evaluation.report import score_table
 from parchgrad.explainer import Explainer

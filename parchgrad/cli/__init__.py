@@ -13,6 +13,7 @@ from parchgrad.cli.explain import explain
 from parchgrad.cli.model import model_group
 from parchgrad.cli.serve import serve
 from parchgrad.cli.table import table_group
+from parchgrad.cli.table_build import EXIT_INTERRUPTED
 from parchgrad.errors import DataError, ParchGradError
 
 EXIT_DATA = 3
@@ -32,7 +33,13 @@ def cli() -> None:
 def main() -> None:
     """Entry point: an error is one line on standard error; exit code 3 where images do not do, else 1."""
     try:
-        cli(standalone_mode=True)
+        sys.exit(cli(standalone_mode=False))
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except (ParchGradError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_DATA if isinstance(error, DataError) else 1)

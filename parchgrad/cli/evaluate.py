@@ -5,42 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from parchgrad.cli.shared import (
+    ALLOW_USED,
     DEVICE,
+    HELD_OUT,
+    IMAGE_COLUMN,
+    LABEL_COLUMN,
     MODELS_DIR,
+    MOSAICS,
+    SEED,
     TABLES_DIR,
     ListParameter,
+    images_to_avoid,
     load_named_model,
     named,
     progress_bar,
 )
 
-if TYPE_CHECKING:
-    from parchgrad.tables import SelectionTable
-
-DATA = click.option(
-    "--data", required=True, help="Images the table was not built from: a folder of one folder a class, or Parquet."
-)
-MOSAICS = click.option(
-    "--mosaics", type=click.IntRange(4), default=100, show_default=True, help="Pictures of four images."
-)
-SEED = click.IntRange(0)
-ALLOW_USED = click.option(
-    "--allow-used", is_flag=True, help="Also take images that the table was built from: figures then flatter it."
-)
+GRAD_CAM = "Grad-CAM"
 
 
 @click.command("evaluate")
 @click.argument("model")
-@DATA
+@HELD_OUT
+@IMAGE_COLUMN
+@LABEL_COLUMN
 @click.option("--table", help="Selection table.  [default: the one of the model's name and version]")
 @MOSAICS
-@click.option("--quantile", type=float, help="[default: the table's]")
-@click.option("--gamma", type=float, help="[default: the table's]")
+@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), help="[default: the table's]")
+@click.option("--gamma", type=click.FloatRange(0), help="A number in [0, 1e6], or inf.  [default: the table's]")
 @click.option("--layers", type=ListParameter(str), help="[default: the table's]")
 @click.option("--cam-layer", help="Module for Grad-CAM, such as layer4; left out without it.")
 @click.option("--method", "only", multiple=True, help="Only this row of the table; may come several times.")
@@ -54,19 +50,23 @@ ALLOW_USED = click.option(
 @MODELS_DIR
 @TABLES_DIR
 def evaluate(
-    model: str, data: str, table: str | None, mosaics: int, quantile: float | None, gamma: float | None,
-    layers: tuple[str, ...] | None, cam_layer: str | None, only: tuple[str, ...], seed: int, batch_size: int,
-    json_file: Path | None, allow_used: bool, device: str, models_dir: Path, tables_dir: Path,
+    model: str, data: str, image_column: str | None, label_column: str | None, table: str | None, mosaics: int,
+    quantile: float | None, gamma: float | None, layers: tuple[str, ...] | None, cam_layer: str | None,
+    only: tuple[str, ...], seed: int, batch_size: int, json_file: Path | None, allow_used: bool, device: str,
+    models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
     """Compare methods on mosaics of four images of different classes (chance: mass and hits 0.25).
 
     Images that the table was built from are left out, where the table has a record of them.
     """
+    if cam_layer is not None and only and GRAD_CAM not in only:
+        raise click.UsageError(f"--cam-layer is for {GRAD_CAM}, which --method leaves out.")
     import torch
     from rich.console import Console
 
-    from parchgrad.evaluation.compare import compare, mosaics_of, standard_methods
-    from parchgrad.evaluation.report import left_out_line, score_table
+    from parchgrad.evaluation.compare import compare, standard_methods
+    from parchgrad.evaluation.images import mosaics_of
+    from parchgrad.evaluation.report import classes_line, left_out_line, score_table
     from parchgrad.explainer import Explainer
     from parchgrad.sources import open_source
     from parchgrad.tables import load_table
@@ -81,30 +81,17 @@ def evaluate(
     if unknown := [name for name in only if name not in methods]:
         raise click.UsageError(f"--method is {unknown[0]!r}; the rows are {', '.join(methods)}.")
     methods = {name: maps for name, maps in methods.items() if not only or name in only}
-    source = open_source(data, loaded)
+    source = open_source(data, loaded, image_column=image_column, label_column=label_column)
     if rows.defaults.selection == "class" and any("ParchGrad" in name for name in methods):
         rows.rows(torch.tensor(source.classes))  # a class without a row is refused before any work
     used = images_to_avoid(rows, allow_used)
-    drawn = mosaics_of(source, loaded.preprocessing, mosaics, seed, used=used)
+    with progress_bar("Reading", "images") as reading:
+        drawn = mosaics_of(source, loaded.preprocessing, mosaics, seed, used=used, progress=reading)
     if line := left_out_line(drawn.left_out):
         click.echo(line, err=True)
     with progress_bar("Evaluating", "maps") as progress:
         scores = compare(methods, drawn.pictures, batch_size=batch_size, progress=progress)
     Console().print(score_table(scores, f"{len(drawn.pictures)} mosaics; chance 0.25"))
+    click.echo(classes_line(len(source.classes), rows))
     if json_file is not None:
         json_file.write_text(json.dumps([dataclasses.asdict(s) for s in scores], indent=1) + "\n", encoding="utf-8")
-
-
-def images_to_avoid(table: SelectionTable, allow_used: bool) -> frozenset[str]:
-    """Digests of the images the table was built from; none where they are allowed, or with a word on it unknown."""
-    from parchgrad.evidence import used_digests
-
-    if allow_used:
-        return frozenset()
-    used = used_digests(table.folder)
-    if used is None:
-        click.echo(
-            f"Table '{table.name}' has no record of the images it was built from; they may be among these.", err=True
-        )
-        return frozenset()
-    return used

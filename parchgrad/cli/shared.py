@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,19 @@ TABLES_DIR = click.option(
     help="Folder of the selection tables.",
 )  # fmt: skip
 DEVICE = click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")
+# Of the commands that measure on held-out images.
+HELD_OUT = click.option(
+    "--data", required=True, help="Images the table was not built from: a folder of one folder a class, or Parquet."
+)
+IMAGE_COLUMN = click.option("--image-column", help="Column of the encoded images.  [default: the usual names]")
+LABEL_COLUMN = click.option("--label-column", help="Column of the labels.  [default: the usual names]")
+MOSAICS = click.option(
+    "--mosaics", type=click.IntRange(4), default=100, show_default=True, help="Pictures of four images."
+)
+SEED = click.IntRange(0)
+ALLOW_USED = click.option(
+    "--allow-used", is_flag=True, help="Also take images that the table was built from: figures then flatter it."
+)
 
 
 class ListParameter(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.5 on
@@ -65,9 +78,10 @@ def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=Console(stderr=True),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
 
     def update(done: int, total: int) -> None:
@@ -94,6 +108,21 @@ def table_and_model(table: str, tables_dir: Path, models_dir: Path) -> tuple[Sel
     return opened, load_named_model(f"{opened.model_name}/{opened.version}", models_dir)
 
 
+def images_to_avoid(table: SelectionTable, allow_used: bool) -> frozenset[str]:
+    """Digests of the images the table was built from; none where they are allowed, or with a word on it unknown."""
+    from parchgrad.evidence import used_digests
+
+    if allow_used:
+        return frozenset()
+    used = used_digests(table.folder)
+    if used is None:
+        click.echo(
+            f"Table '{table.name}' has no record of the images it was built from; they may be among these.", err=True
+        )
+        return frozenset()
+    return used
+
+
 def show_table(table: SelectionTable) -> None:
     """What a table is, on standard output."""
     channels = sum(layer.channels for layer in table.layers.values())
@@ -107,11 +136,11 @@ def show_table(table: SelectionTable) -> None:
         "layers": f"{len(table.layers)}, {channels:,} channels; {len(table.left_out)} left out, "
         f"{len(table.idle_layers)} idle in prediction",
         "data": "; ".join(_sources(built.get("data", ""))),
-        "feature": built.get("feature", ""),
+        "feature": built.get("feature", "") + _points(built.get("points", {})),
         "test": f"{built.get('test', '')}; control: {built.get('control', 'none')}",
         "normality": f"tested on {normality['images']:,} images" if normality else "not tested",
         "defaults": ", ".join(f"{name} {value}" for name, value in table.defaults.to_json().items()),
-        "tuned": json.dumps(built["tuned"], ensure_ascii=False) if "tuned" in built else "no",
+        "tuned": str(built["tuned"].get("reason", "yes")) if "tuned" in built else "no",
         "built by": built.get("by", ""),
         "table_sha256": table.table_sha256,
     }
@@ -124,6 +153,12 @@ def show_table(table: SelectionTable) -> None:
 
 
 SHOWN_BAD = 5
+
+
+def _points(points: Mapping[str, str]) -> str:
+    """How many layers have their feature at which point, where they differ by layer."""
+    counts = ", ".join(f"{point} {count}" for point, count in sorted(Counter(points.values()).items()))
+    return f"; layers by point: {counts}" if counts else ""
 
 
 def _sources(data: object) -> list[str]:

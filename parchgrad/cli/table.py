@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import textwrap
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from parchgrad.cli.evaluate import ALLOW_USED, DATA, MOSAICS, SEED, images_to_avoid
 from parchgrad.cli.shared import (
+    ALLOW_USED,
     DEVICE,
+    HELD_OUT,
+    IMAGE_COLUMN,
+    LABEL_COLUMN,
     MODELS_DIR,
+    MOSAICS,
+    SEED,
     TABLES_DIR,
     ListParameter,
+    images_to_avoid,
     load_named_model,
     named,
     progress_bar,
@@ -23,6 +33,15 @@ from parchgrad.cli.shared import (
     table_and_model,
 )
 from parchgrad.cli.table_build import table_build, table_extend, table_merge
+
+if TYPE_CHECKING:
+    from parchgrad.evaluation.tune import TuneResult
+    from parchgrad.tables import SelectionTable
+
+# How wide text is where nobody says how wide it may be, as in a pipe.
+TEXT_WIDTH = 110
+
+from parchgrad.errors import ParchGradError
 
 
 @click.group("table")
@@ -45,7 +64,8 @@ for command in (table_build, table_extend, table_merge):
 @click.option("--class", "classes", multiple=True,
               help="For the page: a class whose channels get pictures; several times for several.  "
               "[default: all of a table of up to 20]")  # fmt: skip
-@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), help="[default: the table's]")
+@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True),
+              help="For the page: share of a layer's channels.  [default: the table's]")  # fmt: skip
 @click.option("--channels", type=click.IntRange(1), default=8, show_default=True,
               help="For the page: strongest channels of a class.")  # fmt: skip
 @click.option("--crops", type=click.IntRange(1), default=4, show_default=True, help="For the page: pictures a channel.")
@@ -53,18 +73,20 @@ for command in (table_build, table_extend, table_merge):
 @DEVICE
 @MODELS_DIR
 @TABLES_DIR
+@click.pass_context
 def table_show(
-    table: str, html: Path | None, data: str | None, classes: tuple[str, ...], quantile: float | None, channels: int,
-    crops: int, batch_size: int, device: str, models_dir: Path, tables_dir: Path,
+    context: click.Context, table: str, html: Path | None, data: str | None, classes: tuple[str, ...],
+    quantile: float | None, channels: int, crops: int, batch_size: int, device: str, models_dir: Path,
+    tables_dir: Path,
 ) -> None:  # fmt: skip
     """Summary of TABLE, as text and as a page: whose channels are whose, which classes are alike."""
     from parchgrad.tables import load_table
 
+    if html is None:
+        _refuse_options_of_the_page(context)
     opened = load_table(named(table, tables_dir))
     show_table(opened)
     if html is None:
-        if data is not None or classes:
-            raise click.UsageError("--data and --class are for the page; add --html FILE.")
         return
     from parchgrad.sources import open_source
     from parchgrad.table_page import write_page
@@ -80,6 +102,13 @@ def table_show(
     click.echo(f"Wrote {html}")
 
 
+def _refuse_options_of_the_page(context: click.Context) -> None:
+    for name in ("data", "classes", "quantile", "channels", "crops", "batch_size", "device"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = "class" if name == "classes" else name.replace("_", "-")
+            raise click.UsageError(f"--{option} is for the page; add --html FILE.")
+
+
 @table_group.command("verify")
 @click.argument("table")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
@@ -90,9 +119,13 @@ def table_verify(table: str, as_json: bool, device: str, models_dir: Path, table
     """Examine TABLE to the last number; exit code 1 if anything fails."""
     from parchgrad.store import Finding, examine
 
-    opened, loaded = table_and_model(table, tables_dir, models_dir)
-    digest = Finding("checksum", "ok", f"table.safetensors is {opened.table_sha256}")
-    findings = [digest, *examine(opened, loaded, device)]
+    try:
+        opened, loaded = table_and_model(table, tables_dir, models_dir)
+    except ParchGradError as error:
+        findings = [Finding("opening", "failed", str(error))]
+    else:
+        digest = Finding("checksum", "ok", f"table.safetensors is {opened.table_sha256}")
+        findings = [digest, *examine(opened, loaded, device)]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
     else:
@@ -120,13 +153,16 @@ class QuantileParameter(click.ParamType):  # type: ignore[type-arg]  # generic o
 
 @table_group.command("tune")
 @click.argument("name")
-@DATA
+@HELD_OUT
+@IMAGE_COLUMN
+@LABEL_COLUMN
 @click.option("--quantiles", type=QuantileParameter(), default="0.05,0.1,0.2,0.5,0.5/0.1", show_default=True,
               help="Shares to try; LOWER/UPPER is one for each half of the layers.")  # fmt: skip
 @click.option("--gammas", type=ListParameter(float), default="inf,3", show_default=True, help="Gammas to try.")
 @click.option("--layers", multiple=True, default=("all", "upper-half"), show_default=True,
               help="Layers to try: all, upper-half or glob patterns; several times for several.")  # fmt: skip
-@click.option("--conserve", type=ListParameter(str), help="Ways to conserve variance to try.  [default: the table's]")
+@click.option("--conserve", type=ListParameter(str), metavar="WAYS",
+              help="Ways to conserve variance to try: independent, exact, none.  [default: the table's]")  # fmt: skip
 @click.option("--criterion", type=click.Choice(["mass", "hits", "both"]), default="mass", show_default=True,
               help="What a setting is judged by.")  # fmt: skip
 @MOSAICS
@@ -138,47 +174,72 @@ class QuantileParameter(click.ParamType):  # type: ignore[type-arg]  # generic o
 @MODELS_DIR
 @TABLES_DIR
 def table_tune(
-    name: str, data: str, quantiles: tuple[float | tuple[float, float], ...], gammas: tuple[float, ...],
-    layers: tuple[str, ...], conserve: tuple[str, ...] | None, criterion: str, mosaics: int, seed: int,
-    batch_size: int, dry_run: bool, allow_used: bool, device: str, models_dir: Path, tables_dir: Path,
+    name: str, data: str, image_column: str | None, label_column: str | None,
+    quantiles: tuple[float | tuple[float, float], ...], gammas: tuple[float, ...], layers: tuple[str, ...],
+    conserve: tuple[str, ...] | None, criterion: str, mosaics: int, seed: int, batch_size: int, dry_run: bool,
+    allow_used: bool, device: str, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
     """Choose the defaults of table NAME on held-out images, and write them into its manifest.
 
-    Every setting is measured on mosaics of four images (chance: mass and hits 0.25), and the chosen one again on
+    Every setting is measured on mosaics of four images (chance: mass and hits 0.25), and the one proposed again on
     mosaics of other images. A default changes only where another is better on both; a table that points no
-    better than random channels is refused.
+    better than random channels is refused. Fewer than 30 mosaics are enough for --dry-run only.
     """
-    from rich.console import Console
-
-    from parchgrad.evaluation.report import grid_table, left_out_line, measured_table, tune_text
-    from parchgrad.evaluation.tune import ALL, UPPER_HALF, Grid, tune
+    from parchgrad.errors import TableError
+    from parchgrad.evaluation.report import classes_left_out_line, left_out_line
+    from parchgrad.evaluation.tune import ALL, FEWEST_MOSAICS, UPPER_HALF, Grid, tune
     from parchgrad.explainer import Explainer
     from parchgrad.sources import open_source
     from parchgrad.store import write_table
 
+    if mosaics < FEWEST_MOSAICS and not dry_run:
+        raise click.UsageError(
+            f"--mosaics is {mosaics}, expected at least {FEWEST_MOSAICS} for a choice to be written; --dry-run takes "
+            "fewer."
+        )
     opened, loaded = table_and_model(name, tables_dir, models_dir)
-    assert opened.folder is not None
+    if opened.folder is None:
+        raise TableError(f"Table '{opened.name}' has no folder, expected one to write the choice into.")
     explainer = Explainer(loaded, opened, device)
     grid = Grid(
         quantiles=quantiles, gammas=gammas, conserve=conserve or (),
         layers=tuple(item if item in (ALL, UPPER_HALF) else tuple(item.split(",")) for item in layers),
     )  # fmt: skip
     used = images_to_avoid(opened, allow_used)
-    with progress_bar("Tuning", "maps") as progress:
+    source = open_source(data, loaded, image_column=image_column, label_column=label_column)
+    with ExitStack() as first_bar, progress_bar("Tuning", "maps") as progress:
+        reading = first_bar.enter_context(progress_bar("Reading", "images"))
+
+        def tuning(done: int, total: int) -> None:
+            first_bar.close()  # one bar at a time
+            progress(done, total)
+
         result = tune(
-            explainer, open_source(data, loaded), loaded.preprocessing, grid=grid, criterion=criterion,
-            mosaics=mosaics, seed=seed, used=used, batch_size=batch_size, progress=progress,
+            explainer, source, loaded.preprocessing, grid=grid, criterion=criterion, mosaics=mosaics, seed=seed,
+            used=used, batch_size=batch_size, reading=reading, progress=tuning,
         )  # fmt: skip
-    if line := left_out_line(result.left_out):
-        click.echo(line, err=True)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=130)  # one line a row, in a file or a pipe
-    console.print(grid_table(result, opened.layer_names))
-    console.print(measured_table(result, opened.layer_names))
-    click.echo(tune_text(result, opened.layer_names))
-    tuned = result.applied(opened)  # refused where random channels do as well; the grid is printed by then
+    for line in (left_out_line(result.left_out), classes_left_out_line(result.left_out, opened)):
+        if line:
+            click.echo(line, err=True)
+    _print_result(result, opened)
+    result.require_control(opened)  # refused where random channels do as well; the grid is printed by then
     if dry_run:
+        click.echo("--dry-run: nothing written")
         return
-    write_table(tuned, opened.folder, loaded, device=device)
+    write_table(result.applied(opened), opened.folder, loaded, device=device)
     click.echo(f"Wrote {opened.folder}")
+
+
+def _print_result(result: TuneResult, table: SelectionTable) -> None:
+    """The grid, the figures and the choice; in a pipe every column, one line a row."""
+    from rich.console import Console
+
+    from parchgrad.evaluation.report import grid_table, measured_table, natural_width, tune_text
+
+    console = Console()
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else None
+    for view in (grid_table(result, table.layer_names, width), measured_table(result, table.layer_names, width)):
+        Console(width=max(width or 0, natural_width(view))).print(view)
+        click.echo()
+    for paragraph in tune_text(result, table):
+        click.echo(textwrap.fill(paragraph, min(width or TEXT_WIDTH, TEXT_WIDTH), subsequent_indent=" " * 10))

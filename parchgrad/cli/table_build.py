@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import signal
 import sys
 import time
@@ -31,8 +33,19 @@ if TYPE_CHECKING:
     from parchgrad.tables import SelectionTable
 
 EXIT_INTERRUPTED = 130
+PURPOSE = "building a table"
 # Seconds between two lines of progress where there is no terminal to draw on.
 LOG_EVERY = 30.0
+
+
+class Number(click.FloatRange):
+    """A number in a range; NaN, which is in no range, is refused too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -49,9 +62,9 @@ def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
 READING = options(
     click.option("--image-column", help="Column of the encoded images.  [default: the usual names]"),
     click.option("--label-column", help="Column of the labels.  [default: the usual names]"),
-    click.option("--hold-out", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+    click.option("--hold-out", type=Number(0, 1, max_open=True), default=0.0, show_default=True,
                  help="Share of each class's images to leave for evaluation, drawn by --seed."),
-    click.option("--max-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+    click.option("--max-bad", type=Number(0, 1), default=0.01, show_default=True,
                  help="Share of unreadable images that stops the build."),
 )  # fmt: skip
 RUNNING = options(
@@ -60,10 +73,10 @@ RUNNING = options(
     click.option("--ray-address", help="Cluster to join, such as auto or ray://host:10001.  [default: a local one]"),
     click.option("--workers", type=click.IntRange(0),
                  help="Processes that decode; with ray, actors.  [default: by the number of cores]"),
-    click.option("--gpus-per-worker", type=click.FloatRange(0), default=0.0, show_default=True,
+    click.option("--gpus-per-worker", type=Number(0), default=0.0, show_default=True,
                  help="With ray: GPUs an actor takes; it then runs there."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."),
-    click.option("--checkpoint-every", type=click.FloatRange(min=0), default=60.0, show_default=True,
+    click.option("--checkpoint-every", type=Number(min=0), default=60.0, show_default=True,
                  help="Seconds of work an interruption may cost."),
     click.option("--restart", is_flag=True, help="Begin anew where an unfinished build was left."),
 )  # fmt: skip
@@ -82,7 +95,7 @@ FORCE = click.option("--force", is_flag=True, help="Replace the table if the mod
     "folder of them, or a URI such as s3://bucket/train.",
 )  # fmt: skip
 @FORCE
-@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True,
+@click.option("--quantile", type=Number(0, 1, min_open=True), default=0.1, show_default=True,
               help="Default share of a layer's channels to select.")  # fmt: skip
 @click.option("--gamma", type=float, default="inf", show_default=True, help="A number in [0, 1e6], or inf.")
 @click.option("--layers", type=ListParameter(str), default="*", show_default=True,
@@ -98,7 +111,11 @@ FORCE = click.option("--force", is_flag=True, help="Replace the table if the mod
               help="Leave normal channels out by default.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Draws the normality test's images and --hold-out."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Draws the normality test's images and --hold-out.",
 )
 @READING
 @RUNNING
@@ -126,62 +143,60 @@ def table_build(
     defaults = Defaults(quantile=quantile, gamma=gamma, layers=layers, normality_filter=normality_filter)
     subject = subject_of(loaded, layers=table_layers, statistics_point=statistics_point, normality=normality, seed=seed)
     check_defaults(loaded.name, defaults, subject.layers, tested=normality)
-    source, note = _held_out(
-        open_source(data, loaded, image_column=image_column, label_column=label_column), hold_out, seed
-    )
-    work = Work(loaded, subject, Reader(source, loaded.preprocessing, batch_size), note)
-    with _interruptible(_unfinished(folder)), claimed(folder.parent, "building a table"):
-        evidence = _gathered(
-            work, folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
-            checkpoint_every, restart,
-        )  # fmt: skip
-        table = evidence.table(defaults, control)
-        _write(table, folder, loaded, evidence, keep_evidence, device)
-    remove(_unfinished(folder))
+    runs_on = _engine(engine, ray_address, workers, gpus_per_worker, device)
+    with _interruptible(_unfinished(folder)), claimed(folder.parent, PURPOSE):
+        source, note = _held_out(
+            open_source(data, loaded, image_column=image_column, label_column=label_column), hold_out, seed
+        )
+        work = Work(loaded, subject, Reader(source, loaded.preprocessing, batch_size), note)
+        evidence = _gathered(work, folder, runs_on, max_bad, checkpoint_every, restart)
+        _write(evidence.table(defaults, control), folder, loaded, evidence, keep_evidence, device)
+        remove(_unfinished(folder))
 
 
 @click.command("extend")
 @click.argument("table")
 @click.option("--data", required=True, help="More images, of the table's classes or of new ones; see `table build`.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Draws --hold-out.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws --hold-out.")
 @READING
 @RUNNING
 @KEEPING
 @MODELS_DIR
 @TABLES_DIR
 def table_extend(
-    table: str, data: str, batch_size: int, seed: int, image_column: str | None, label_column: str | None,
-    hold_out: float, max_bad: float, engine: str, ray_address: str | None, workers: int | None,
-    gpus_per_worker: float, device: str, checkpoint_every: float, restart: bool, keep_evidence: bool,
-    models_dir: Path, tables_dir: Path,
+    table: str, data: str, seed: int, image_column: str | None, label_column: str | None, hold_out: float,
+    max_bad: float, engine: str, ray_address: str | None, workers: int | None, gpus_per_worker: float, device: str,
+    checkpoint_every: float, restart: bool, keep_evidence: bool, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
-    """Add images to TABLE, as if it had been built from all of them; images it has already are left out."""
+    """Add images to TABLE, as if it had been built from all of them; images it has already are left out.
+
+    Layers, statistics and batch size are the table's own.
+    """
     from parchgrad.build import Reader, Work
     from parchgrad.files import claimed, remove
     from parchgrad.sources import open_source
     from parchgrad.store import read_evidence
 
+    runs_on = _engine(engine, ray_address, workers, gpus_per_worker, device)
     opened, loaded = table_and_model(table, tables_dir, models_dir)
-    assert opened.folder is not None
-    before = read_evidence(opened)
-    source, note = _held_out(
-        open_source(
-            data, loaded, image_column=image_column, label_column=label_column, least_images=1, least_classes=1
-        ),
-        hold_out, seed,
-    )  # fmt: skip
-    known = frozenset(digest.tobytes() for digest in before.digests)
-    work = Work(loaded, before.subject, Reader(source, loaded.preprocessing, batch_size, known), note)
-    with _interruptible(_unfinished(opened.folder)), claimed(opened.folder.parent, "building a table"):
-        more = _gathered(
-            work, opened.folder, _engine(engine, ray_address, workers, gpus_per_worker, device), max_bad,
-            checkpoint_every, restart,
+    folder = opened.in_folder
+    # Opened again once nobody else is at work on it.
+    with _interruptible(_unfinished(folder)), claimed(folder.parent, PURPOSE):
+        opened, loaded = table_and_model(table, tables_dir, models_dir)
+        before = read_evidence(opened)
+        source, note = _held_out(
+            open_source(
+                data, loaded, image_column=image_column, label_column=label_column, least_images=1, least_classes=1
+            ),
+            hold_out, seed,
         )  # fmt: skip
+        reader = Reader(source, loaded.preprocessing, before.subject.batch_size, frozenset(before.keys()))
+        work = Work(loaded, before.subject, reader, note)
+        more = _gathered(work, folder, runs_on, max_bad, checkpoint_every, restart)
         evidence = before.merge(more).in_order()
-        grown = evidence.table(opened.defaults, opened.built["control"])
-        _write(grown, opened.folder, loaded, evidence, keep_evidence, device)
-    remove(_unfinished(opened.folder))
+        grown = _with_record(evidence.table(opened.defaults, opened.built["control"]), opened)
+        _write(grown, folder, loaded, evidence, keep_evidence, device)
+        remove(_unfinished(folder))
     click.echo(f"{more.images:,} images added, {more.known:,} were in the table already", err=True)
 
 
@@ -199,21 +214,34 @@ def table_merge(
 
     TABLES are folders, or names in --tables-dir, each with its evidence. Defaults are the first one's.
     """
+    from parchgrad.files import claimed
     from parchgrad.store import read_evidence
     from parchgrad.tables import load_table
 
     if len(tables) < 2:
         raise click.UsageError("TABLES is one table; give at least two to merge.")
-    opened = [load_table(named(table, tables_dir)) for table in tables]
-    first = opened[0]
+    first = load_table(named(tables[0], tables_dir))
     loaded = load_named_model(f"{first.model_name}/{first.version}", models_dir)
     folder = _place(loaded, tables_dir, force)
-    evidence = read_evidence(first)
-    for other in opened[1:]:
-        evidence = evidence.merge(read_evidence(other))
-    evidence = evidence.in_order()
-    merged = evidence.table(first.defaults, first.built["control"])
-    _write(merged, folder, loaded, evidence, keep_evidence, device)
+    with _interruptible(_unfinished(folder)), claimed(folder.parent, PURPOSE):
+        opened = [load_table(named(table, tables_dir)) for table in tables]
+        controls = {table.built.get("control", "none") for table in opened}
+        if len(controls) > 1:
+            raise click.ClickException(f"The tables differ in control ({', '.join(sorted(controls))}).")
+        evidence = read_evidence(opened[0])
+        for other in opened[1:]:
+            evidence = evidence.merge(read_evidence(other))
+        evidence = evidence.in_order()
+        merged = _with_record(evidence.table(opened[0].defaults, controls.pop()), opened[0])
+        _write(merged, folder, loaded, evidence, keep_evidence, device)
+
+
+def _with_record(grown: SelectionTable, before: SelectionTable) -> SelectionTable:
+    """The table with the record of how its defaults were chosen, which was on the one `before`."""
+    if "tuned" not in before.built:
+        return grown
+    record = {"table_sha256": before.table_sha256, **before.built["tuned"]}
+    return dataclasses.replace(grown, built={**grown.built, "tuned": record})
 
 
 def _place(model: Model, tables_dir: Path, force: bool) -> Path:
@@ -244,9 +272,13 @@ def _engine(name: str, ray_address: str | None, workers: int | None, gpus_per_wo
         from parchgrad.cluster import Ray
 
         return Ray(workers, gpus_per_worker, ray_address)
+    if ray_address is not None or gpus_per_worker:
+        raise click.UsageError("--ray-address and --gpus-per-worker are for --engine ray.")
     from parchgrad.build import Local, best_device, default_workers
+    from parchgrad.explainer import checked_device
 
     chosen = best_device() if device == "auto" else device
+    checked_device(chosen)
     return Local(default_workers(chosen) if workers is None else workers, chosen)
 
 
@@ -259,8 +291,12 @@ def _gathered(
     checkpoint = Checkpoint(_unfinished(folder), work.key(), checkpoint_every)
     if restart:
         checkpoint.clear()
+    begun = time.monotonic()
     with _pass_bar() as progress:
-        return gather(work, engine, max_bad=max_bad, checkpoint=checkpoint, progress=progress)
+        evidence = gather(work, engine, max_bad=max_bad, checkpoint=checkpoint, progress=progress)
+    seconds = time.monotonic() - begun
+    click.echo(f"{evidence.images:,} images in {seconds:.0f} s, {len(evidence.bad):,} unreadable", err=True)
+    return evidence
 
 
 @contextmanager
@@ -275,7 +311,7 @@ def _interruptible(checkpoint: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         keeps = f"'{checkpoint}' keeps what is done, the same command goes on from there"
-        click.echo(f"Interrupted; {keeps if checkpoint.is_file() else 'nothing was done yet'}.", err=True)
+        click.echo(f"Interrupted; {keeps if checkpoint.is_file() else 'there is nothing to go on from'}.", err=True)
         sys.exit(EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -310,8 +346,8 @@ def _pass_bar() -> Iterator[Callable[[Progress], None]]:
         bar.update(bar.task_ids[0], completed=now.done, speed=f"{rate:.1f}/s", found=found)
         if not console.is_terminal and time.monotonic() - logged >= LOG_EVERY:
             logged = time.monotonic()
-            left = (now.total - now.done) / rate if rate else float("inf")
-            click.echo(f"{now.done:,}/{now.total:,} images, {rate:.1f}/s, {left:.0f} s left, {found}", err=True)
+            left = f"{(now.total - now.done) / rate:.0f} s left, " if rate else ""
+            click.echo(f"{now.done:,}/{now.total:,} images, {rate:.1f}/s, {left}{found}", err=True)
 
     try:
         yield update

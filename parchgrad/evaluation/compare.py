@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parchgrad.errors import DataError, OptionError
-from parchgrad.evaluation import mosaics
+from parchgrad.errors import OptionError
+from parchgrad.evaluation.images import Picture, Progress
 from parchgrad.evaluation.maps import gini, mass_share, pointing_hit
-from parchgrad.evidence import digest_of
 from parchgrad.explainer import Explainer
-from parchgrad.preprocessing import Preprocessing, decode_image
-from parchgrad.sources import Encoded, Source
 from parchgrad.tables import SelectionTable, network_of
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# Images looked at together when mosaics are drawn: bounds memory, not results.
-READ_TOGETHER = 64
-
 Maps = Callable[[Tensor, list[int]], Tensor]  # images (B, 3, h, w), targets -> saliency maps (B, h, w)
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A normalised image `(3, h, w)`, the class to explain, and where it is, bool `(h, w)`."""
-
-    image: Tensor
-    target: int
-    mask: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -106,157 +87,6 @@ def grad_cam(explainer: Explainer, layer: str) -> Maps:
         return full[:, 0].detach()
 
     return maps
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Names of the images that were left out, of those looked at."""
-
-    used: tuple[str, ...]  # the table was built from them
-    unreadable: tuple[str, ...]
-    looked_at: int
-
-
-@dataclass(frozen=True)
-class Mosaics:
-    """Mosaics of a source's images, and which images could not be in them."""
-
-    pictures: LazyPictures
-    left_out: LeftOut
-
-
-def mosaics_of(
-    source: Source, preprocessing: Preprocessing, count: int, seed: int, *, used: Set[str] = frozenset()
-) -> Mosaics:
-    """`count` mosaics of the source's images, four different classes each; the target is one of the four.
-
-    An image that was drawn and cannot be read, or whose digest is in `used` (hexadecimal, `used_digests` of
-    evidence.py), is replaced by another of its class: without such images the mosaics are `mosaics.draw`'s.
-    Each drawn image is looked at once, here; the pictures are made when asked for, so that memory does not
-    grow with their number. Raises DataError for fewer than 4 classes, and where a class has no image left.
-    """
-    if len(source.classes) < 4:
-        raise DataError(f"'{source.root}' holds images of {len(source.classes)} classes; a mosaic needs 4.")
-    if preprocessing.rule == "native":
-        # Images of one size fit together; the model takes any.
-        preprocessing = replace(preprocessing, rule="stretch")
-    drawn, quarters = mosaics.draw(source.targets, count, seed)
-    verdicts = _Verdicts(source, used)
-    indices = _replaced(drawn, source, verdicts, seed)
-
-    def picture(number: int) -> Picture:
-        images = [preprocessing.apply(_decoded(source, int(i)))[0] for i in indices[number]]
-        quarter = int(quarters[number])
-        mask = mosaics.quarter_mask(images[0].shape[1], images[0].shape[2], quarter)
-        return Picture(mosaics.four(images), int(source.targets[indices[number][quarter]]), mask)
-
-    return Mosaics(LazyPictures(count, picture), verdicts.left_out())
-
-
-def usable(source: Source, enough: int, seed: int, *, used: Set[str] = frozenset()) -> tuple[Source, LeftOut]:
-    """Images that can be read and whose digests are not in `used`: of each class `enough`, or all it has.
-
-    They are looked for in an order drawn from `seed`, and no further than needed.
-    """
-    generator = np.random.default_rng([seed, 4])
-    verdicts, chosen = _Verdicts(source, used), []
-    for target in source.classes:
-        members = generator.permutation(np.flatnonzero(source.targets == target)).tolist()
-        found: list[int] = []
-        for start in range(0, len(members), READ_TOGETHER):
-            part = members[start : start + READ_TOGETHER]
-            verdicts.look(part)
-            found += [index for index in part if verdicts.fine(index)]
-            if len(found) >= enough:
-                break
-        chosen += found[:enough]
-    return source.take(sorted(chosen)), verdicts.left_out()
-
-
-class _Verdicts:
-    """What is known of a source's images: `fine`, `used` or `unreadable`, by index."""
-
-    def __init__(self, source: Source, used: Set[str]) -> None:
-        self.known: dict[int, str] = {}
-        self._source, self._used = source, used
-
-    def left_out(self) -> LeftOut:
-        return LeftOut(self._names("used"), self._names("unreadable"), len(self.known))
-
-    def fine(self, index: int) -> bool:
-        self.look([index])
-        return self.known[index] == "fine"
-
-    def look(self, indices: Sequence[int]) -> None:
-        wanted = sorted(set(indices) - self.known.keys())
-        for start in range(0, len(wanted), READ_TOGETHER):
-            part = wanted[start : start + READ_TOGETHER]
-            for index, encoded in zip(part, self._source.read(part), strict=True):
-                self.known[index] = self._verdict(index, encoded)
-
-    def _names(self, verdict: str) -> tuple[str, ...]:
-        return tuple(self._source.name(i) for i, found in sorted(self.known.items()) if found == verdict)
-
-    def _verdict(self, index: int, encoded: Encoded | DataError) -> str:
-        if isinstance(encoded, DataError):
-            return "unreadable"
-        if digest_of(encoded).hex() in self._used:
-            return "used"
-        try:
-            decode_image(encoded, self._source.name(index))
-        except DataError:
-            return "unreadable"
-        return "fine"
-
-
-def _replaced(drawn: NDArray[np.int64], source: Source, verdicts: _Verdicts, seed: int) -> NDArray[np.int64]:
-    """`drawn` `(count, 4)` with every image that is not fine replaced by one of its class that is."""
-    generator = np.random.default_rng([seed, 1])
-    verdicts.look(drawn.ravel().tolist())
-    indices = drawn.copy()
-    for place in np.ndindex(*drawn.shape):
-        if verdicts.fine(int(drawn[place])):
-            continue
-        target = int(source.targets[drawn[place]])
-        # In a new order each time, so that one image does not stand in for all that are missing.
-        others = generator.permutation(np.flatnonzero(source.targets == target)).tolist()
-        fine = next((index for index in others if verdicts.fine(index)), None)
-        if fine is None:
-            found = [verdicts.known[index] for index in others]
-            raise DataError(
-                f"'{source.root}': none of the {len(others)} images of class {target} can be in a mosaic; "
-                f"{found.count('used')} were used to build the table, {found.count('unreadable')} cannot be read."
-            )
-        indices[place] = fine
-    return indices
-
-
-def _decoded(source: Source, index: int) -> Image:
-    (encoded,) = source.read([index])
-    if isinstance(encoded, DataError):
-        raise encoded
-    return decode_image(encoded, source.name(index))
-
-
-class LazyPictures(Sequence[Picture]):
-    """`count` pictures, each made by `make(number)` whenever it is looked at."""
-
-    def __init__(self, count: int, make: Callable[[int], Picture]) -> None:
-        self._count, self._make = count, make
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Picture: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Picture]: ...
-    def __getitem__(self, index: int | slice) -> Picture | Sequence[Picture]:
-        if isinstance(index, slice):
-            return [self._make(number) for number in range(*index.indices(self._count))]
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return self._make(index)
 
 
 def compare(

@@ -1,49 +1,95 @@
-"""Scores and grids as tables for the terminal."""
+"""Scores and grids as tables for the terminal, and what has to be said with them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
-from parchgrad.evaluation.compare import LeftOut, Score
-from parchgrad.evaluation.tune import Interval, Row, TuneResult, setting_words
+from parchgrad.evaluation.compare import Score
+from parchgrad.evaluation.images import LeftOut
+from parchgrad.evaluation.tune import FEWEST_IMAGES, Interval, Row, TuneResult, setting_words
+from parchgrad.tables import SelectionTable
+
+# Columns a narrow terminal does without, the first to go first.
+DISPENSABLE = ("over gradient", "kept", "hits")
+
+INTERVALS = "95 % intervals: t, of hits Wilson"
 
 
 def score_table(scores: Sequence[Score], title: str) -> Table:
     """One row a method: mass and hits with their standard errors, Gini."""
-    view = Table("method", "mass", "hits", "Gini", title=title)
+    view = Table("method", "mass", "hits", "Gini", title=title, caption="± one standard error")
     for s in scores:
         mass, hits = f"{s.mass:.3f} ± {s.mass_error:.3f}", f"{s.hits:.3f} ± {s.hits_error:.3f}"
         view.add_row(s.method, mass, hits, f"{s.gini:.2f}")
     return view
 
 
-def grid_table(result: TuneResult, names: Sequence[str]) -> Table:
-    """Every setting on the first half of the images; `names` are the table's layers."""
-    title = f"Choosing by {result.criterion}: {result.mosaics} mosaics, 95 % intervals; chance 0.25"
-    return _rows(result.rows, result, names, title)
+def grid_table(result: TuneResult, names: Sequence[str], width: int | None = None) -> Table:
+    """Every setting on the first half of the images; `names` are the table's layers.
+
+    Columns are left out until it is no wider than `width` characters; nothing in it is ever cut.
+    """
+    title = f"Choosing by {result.criterion}: {result.mosaics} mosaics; chance 0.25; {INTERVALS}"
+    return _fitting(result.rows, result, names, title, width)
 
 
-def measured_table(result: TuneResult, names: Sequence[str]) -> Table:
-    """The chosen setting on the second half: what to expect of it."""
-    title = f"Measuring: {result.mosaics} mosaics of images not used for choosing, 95 % intervals"
-    return _rows(result.measured, result, names, title)
+def measured_table(result: TuneResult, names: Sequence[str], width: int | None = None) -> Table:
+    """The chosen setting on the second half: what to expect of it. `width` as for `grid_table`."""
+    title = f"Measuring: {result.mosaics} mosaics of images not used for choosing; chance 0.25; {INTERVALS}"
+    return _fitting(result.measured, result, names, title, width)
 
 
-def tune_text(result: TuneResult, names: Sequence[str]) -> str:
-    """What was chosen, why, and what to expect of it, in lines of text."""
+def natural_width(view: Table) -> int:
+    """Characters a table's rows need; its title and caption are folded to as many."""
+    return Console(width=10_000).measure(view).maximum
+
+
+def tune_text(result: TuneResult, table: SelectionTable) -> list[str]:
+    """What was chosen, why, and what to expect of it: paragraphs, to be folded to any width."""
+    names = table.layer_names
     row = next(r for r in result.measured if r.kind == "setting" and r.defaults == result.chosen)
     chosen = ", ".join(f"{name} {value}" for name, value in setting_words(result.chosen, names).items())
-    lines = [
+    paragraphs = [
+        f"defaults {'unchanged' if result.chosen == result.current else 'changed'}",
         f"chosen    {chosen}",
         f"because   {result.reason}",
-        f"expected  mass {_interval(row.mass)}; hits {_interval(row.hits)}",
-        f"          {result.criterion} over random channels {_signed(result.over_random)}",
-        f"          {result.criterion} over the plain gradient {_signed(row.over_gradient)}",
+        f"expected  mass {_mean(row.mass)}; hits {_range(row.hits)} ({INTERVALS}); {result.criterion} over random "
+        f"channels {_signed(result.over_random)}, over the plain gradient {_signed(row.over_gradient)}, over the "
+        f"defaults before {_signed(row.over_current)}",
     ]
-    return "\n".join(lines)
+    if result.confirmed:
+        paragraphs.append(
+            "note      the mosaics of these figures also confirmed the change: had they not, it would not have been "
+            "made, and so the figures are a little kind to it"
+        )
+    first, second = result.images
+    paragraphs += [
+        f"note      {classes_line(result.classes, table)}",
+        f"note      Mosaics share images ({result.mosaics} of four from {first:,} images, and {result.mosaics} from "
+        f"{second:,} others): intervals are for mosaics of these images and say nothing of other images.",
+    ]
+    return paragraphs
+
+
+def classes_line(classes: int, table: SelectionTable) -> str:
+    """What mosaics of so many classes can tell."""
+    return (
+        f"In these mosaics {classes:,} of the model's {len(table.labels):,} classes are contrasted, with each other "
+        f"only; the table was built of {len(table.classes):,}, contrasted in the same way."
+    )
+
+
+def classes_left_out_line(left_out: LeftOut, table: SelectionTable) -> str | None:
+    """Which classes had too few images; None where none had."""
+    if not left_out.classes:
+        return None
+    shown = ", ".join(f"{index} ({table.labels[index]})" for index in left_out.classes[:5])
+    more = f" and {len(left_out.classes) - 5:,} more" if len(left_out.classes) > 5 else ""
+    return f"Left out, with fewer than {FEWEST_IMAGES} usable images: class {shown}{more}."
 
 
 def left_out_line(left_out: LeftOut) -> str | None:
@@ -56,31 +102,77 @@ def left_out_line(left_out: LeftOut) -> str | None:
     return f"Of {left_out.looked_at:,} images looked at, {' and '.join(reasons)} were left out."
 
 
-def _rows(rows: Sequence[Row], result: TuneResult, names: Sequence[str], title: str) -> Table:
+def _fitting(rows: Sequence[Row], result: TuneResult, names: Sequence[str], title: str, width: int | None) -> Table:
+    """The rows with as many columns as fit; at the least those that a choice is made by, set close.
+
+    Rather than do without hits, columns are set close.
+    """
+    attempts = [(DISPENSABLE[:gone], padding) for gone, padding in ((0, 1), (1, 1), (2, 1), (2, 0), (3, 1))]
+    for without, padding in attempts:
+        view = _rows(rows, result, names, title, without, padding)
+        if width is None or natural_width(view) <= width:
+            return view
+    return _rows(rows, result, names, title, DISPENSABLE, 0)
+
+
+def _rows(
+    rows: Sequence[Row], result: TuneResult, names: Sequence[str], title: str, without: Sequence[str], padding: int
+) -> Table:
     several = len({row.defaults.conserve for row in rows if row.defaults is not None}) > 1
     headings = ["quantile", "gamma", "layers", *(["conserve"] if several else [])]
-    view = Table("", *headings, "kept", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("mass", "hits", "over current", "over gradient"):
-        view.add_column(heading, justify="right")
+    figures = [name for name in ("kept", "mass", "hits", "over current", "over gradient") if name not in without]
+    view = Table(
+        title=title,
+        caption=_caption(result, figures),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, padding, 0, 0),
+    )
+    for heading in ("", *headings):
+        view.add_column(heading, no_wrap=True)
+    for name in figures:
+        view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         words = {} if row.defaults is None else setting_words(row.defaults, names)
-        figures = [_interval(row.mass), _interval(row.hits), _signed(row.over_current), _signed(row.over_gradient)]
+        cells = {
+            "kept": f"{row.share:.2f}",
+            "mass": _mean(row.mass),
+            "hits": _range(row.hits),
+            "over current": _signed(row.over_current),
+            "over gradient": _signed(row.over_gradient),
+        }
         chosen = row.kind == "setting" and row.defaults == result.chosen
-        cells = [_mark(row, result), *(words.get(heading, "") for heading in headings), f"{row.share:.2f}", *figures]
-        view.add_row(*cells, style="bold" if chosen else None)
+        view.add_row(
+            _mark(row, result),
+            *(words.get(heading, "") for heading in headings),
+            *(cells[name] for name in figures),
+            style="bold" if chosen else None,
+        )
     return view
+
+
+def _caption(result: TuneResult, figures: Sequence[str]) -> str:
+    lines = [f"over ...: {result.criterion} minus theirs on the same mosaics."]
+    if "kept" in figures:
+        lines.append("kept: share of the channels whose gradient an explanation needs; a finite gamma needs all.")
+    lines.append("random: the setting with channels drawn at random.")
+    return " ".join(lines)
 
 
 def _mark(row: Row, result: TuneResult) -> str:
     if row.kind != "setting":
-        return {"random": "random channels", "gradient": "gradient"}[row.kind]
-    marks = {"chosen": result.chosen, "current": result.rows[0].defaults, "best": result.best}
+        return row.kind
+    marks = {"chosen": result.chosen, "current": result.current, "best": result.best}
     return ", ".join([name for name, setting in marks.items() if row.defaults == setting][:2])
 
 
-def _interval(i: Interval) -> str:
-    return f"{i.mean:.3f} {i.low:.2f}..{i.high:.2f}"
+def _mean(i: Interval) -> str:
+    return f"{i.mean:.3f} ±{i.high - i.mean:.3f}"
 
 
 def _signed(i: Interval) -> str:
-    return f"{i.mean:+.3f} {i.low:+.2f}..{i.high:+.2f}"
+    return f"{i.mean:+.3f} ±{i.high - i.mean:.3f}"
+
+
+def _range(i: Interval) -> str:
+    return f"{i.mean:.2f} {i.low:.2f}-{i.high:.2f}"

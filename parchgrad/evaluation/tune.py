@@ -1,8 +1,14 @@
 """Choosing a table's defaults on held-out mosaics: a grid of settings measured, one chosen, and measured again.
 
 The images of each class are split in two by a seed. Every setting is measured on the same mosaics of the first
-half, and one is chosen; the best of many figures flatters itself, so the chosen one is measured again on
-mosaics of the second half, and only that figure is promised.
+half, and one is proposed; the best of many figures flatters itself, so the proposed one is measured again on
+mosaics of the second half, drawn anew, and only figures of these are promised.
+
+The second half decides too: whether a change is confirmed, and whether the table is refused as no better than
+random channels. Figures of a confirmed change are therefore of the very mosaics that confirmed it, and a little
+kind to it: had they come out otherwise, they would not have been promised. The record says which figures decided.
+
+Intervals are over mosaics, which share images: they hold for mosaics of these images, not for other images.
 """
 
 from __future__ import annotations
@@ -18,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy import stats
 
 import parchgrad
 from parchgrad.errors import DataError, OptionError, TableError
-from parchgrad.evaluation.compare import LeftOut, Picture, Progress, measure, mosaics_of, random_control, usable
+from parchgrad.evaluation.compare import measure, random_control
+from parchgrad.evaluation.images import LeftOut, Picture, Progress, mosaics_of, usable
 from parchgrad.explainer import Explainer
 from parchgrad.layers import match
 from parchgrad.options import Options
@@ -35,12 +42,17 @@ CRITERIA = ("mass", "hits", "both")
 ALL, UPPER_HALF = "all", "upper-half"
 
 CONFIDENCE = 0.95
-RESAMPLES = 9999
+# A setting is as good as the best if it is shown to lag by less, in the criterion's units.
+MARGIN = 0.01
+# For a choice to be written: from about here on t intervals hold for means of what is skewed and bounded.
+FEWEST_MOSAICS = 30
+# Of a class: one in each half.
+FEWEST_IMAGES = 2
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over mosaics and its bootstrap 95 % interval."""
+    """A mean over mosaics and its 95 % interval: t for masses and differences, Wilson for hits."""
 
     mean: float
     low: float
@@ -98,7 +110,6 @@ class Row:
     share: float
     mass: Interval
     hits: Interval
-    criterion: Interval
     over_current: Interval
     over_gradient: Interval
 
@@ -110,24 +121,37 @@ class TuneResult:
     rows: tuple[Row, ...]  # the settings, current first; then random channels at the current one; gradient
     measured: tuple[Row, ...]  # the chosen setting; the current one if another; random at each; gradient
     chosen: Defaults
+    proposed: Defaults  # by the first half; chosen if it is the current one, or if the second half confirms it
     best: Defaults  # the highest mean in `rows`
     reason: str
     over_random: Interval  # chosen minus random channels at the same setting, second half
     criterion: str
     mosaics: int  # in each half
+    images: tuple[int, int]  # from which these were drawn, in the first and the second half
+    classes: int  # contrasted in the mosaics
     left_out: LeftOut
     record: dict[str, Any]  # for the table's manifest: JSON types only
+
+    @property
+    def current(self) -> Defaults:
+        """The defaults before."""
+        setting = self.rows[0].defaults
+        if setting is None:
+            raise ValueError("the first row is the plain gradient, expected the current defaults")
+        return setting
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether the second half confirmed the proposed change; None where none was proposed."""
+        return None if self.proposed == self.current else self.chosen == self.proposed
 
     @property
     def beats_control(self) -> bool:
         """Whether the chosen setting is better than the same with random channels."""
         return self.over_random.low > 0
 
-    def applied(self, table: SelectionTable) -> SelectionTable:
-        """The table with the chosen defaults, and how they were chosen as `built["tuned"]`.
-
-        Raises TableError for a table that does no better than random channels.
-        """
+    def require_control(self, table: SelectionTable) -> None:
+        """Raises TableError for a table that does no better than random channels."""
         if not self.beats_control:
             found = self.over_random
             raise TableError(
@@ -135,6 +159,16 @@ class TuneResult:
                 f"{found.mean:+.3f} above theirs, 95 % interval {found.low:+.3f} to {found.high:+.3f}, "
                 "expected an interval above 0."
             )
+
+    def applied(self, table: SelectionTable) -> SelectionTable:
+        """The table with the chosen defaults, and how they were chosen as `built["tuned"]`.
+
+        Raises OptionError for fewer than 30 mosaics, and TableError for a table that does no better than random
+        channels.
+        """
+        if self.mosaics < FEWEST_MOSAICS:
+            raise OptionError("mosaics", self.mosaics, f"at least {FEWEST_MOSAICS} for a choice to be written")
+        self.require_control(table)
         return replace(table, defaults=self.chosen, built={**table.built, "tuned": self.record})
 
 
@@ -149,20 +183,22 @@ def tune(
     seed: int = 0,
     used: Set[str] = frozenset(),
     batch_size: int = 4,
+    reading: Progress | None = None,
     progress: Progress | None = None,
 ) -> TuneResult:
     """Choose the defaults of the explainer's table on `mosaics` mosaics of `source`, and measure them on as many.
 
     A default changes only for evidence, `criterion` (`mass`, `hits`, or `both`: their mean) being the measure:
-    where the paired interval of the best setting's lead over the current defaults includes 0, these stay. Else,
-    of the settings that are better than the current ones and whose interval to the best includes 0, the one of
-    the smallest share of channels is chosen, the cheapest. Its lead must show again on the second half of the
-    images, or the current defaults stay.
+    where the paired interval of the best setting's lead over the current defaults includes 0, these stay. Else
+    the setting of the smallest share of channels, the cheapest, is proposed, of those that are better than the
+    current ones and as good as the best: the upper end of the interval of their lag is below MARGIN. Its lead
+    must show again on the second half of the images, or the current defaults stay.
 
-    Images whose digest is in `used` are left out. `seed` splits the images and draws mosaics, random channels
-    and bootstrap samples. `progress(done, total)` counts maps. Raises, before any work, OptionError,
-    UncoveredTargetError for classes without rows, DataError for too few classes or images, and TableError for
-    tables whose default selection is instance-wise, which does not ask the table.
+    Images whose digest is in `used` are left out, and so are classes that have fewer than 2 others. `seed` splits
+    the images and draws random channels and the mosaics, of either half differently. `reading(done, total)`
+    counts images looked for, `progress(done, total)` maps. Raises, before any image is read, OptionError,
+    UncoveredTargetError for classes without rows, DataError for too few classes, and TableError for tables whose
+    default selection is instance-wise, which does not ask the table; then DataError for too few images.
     """
     if criterion not in CRITERIA:
         raise OptionError("criterion", criterion, ", ".join(CRITERIA))
@@ -176,12 +212,20 @@ def tune(
     if len(source.classes) < 4:
         raise DataError(f"'{source.root}' holds images of {len(source.classes)} classes; a mosaic needs 4.")
     # As many of each class as places in the mosaics of both halves fall to it.
-    enough = max(2, math.ceil(2 * 4 * mosaics / len(source.classes)))
-    fine, left_out = usable(source, enough, seed, used=used)
+    enough = max(FEWEST_IMAGES, math.ceil(2 * 4 * mosaics / len(source.classes)))
+    fine, left_out = usable(source, enough, seed, least=FEWEST_IMAGES, used=used, progress=reading)
+    if len(fine.classes) < 4:
+        raise DataError(
+            f"'{source.root}' holds usable images of {len(fine.classes)} classes, a mosaic needs 4: "
+            f"{len(left_out.classes)} have fewer than {FEWEST_IMAGES} that can be read and that the table was not "
+            "built from."
+        )
+    parts = halves(fine, fine.classes, seed)
     first, second = (
-        mosaics_of(half, preprocessing, mosaics, seed).pictures for half in halves(fine, source.classes, seed)
+        mosaics_of(half, preprocessing, mosaics, own).pictures
+        for half, own in zip(parts, mosaic_seeds(seed), strict=True)
     )
-    race = _Race(explainer, random_control(explainer, seed), criterion, seed, batch_size)
+    race = _Race(explainer, random_control(explainer, seed), criterion, batch_size)
 
     current = settings[0]
     contenders = [*(_Contender("setting", s) for s in settings), _Contender("random", current), _GRADIENT]
@@ -190,8 +234,8 @@ def tune(
     scores = race.run(contenders, first, counted)
     rows = race.rows(contenders, scores)
     values = race.criterion(scores)[: len(settings)]
-    best, favoured, reason = choose(values, [row.share for row in rows[: len(settings)]], seed)
-    choice = settings[favoured]
+    best, favoured, reason = choose(values, [row.share for row in rows[: len(settings)]])
+    proposed = choice = settings[favoured]
 
     finalists = _finalists(choice, current)
     counted.total = (len(contenders) + len(finalists)) * mosaics
@@ -203,15 +247,23 @@ def tune(
         rows=tuple(rows),
         measured=tuple(measured),
         chosen=choice,
+        proposed=proposed,
         best=settings[best],
         reason=reason,
         over_random=race.lead(finalists, scores, _Contender("setting", choice), _Contender("random", choice)),
         criterion=criterion,
         mosaics=mosaics,
+        images=(len(parts[0]), len(parts[1])),
+        classes=len(fine.classes),
         left_out=left_out,
         record={},
     )
     return replace(result, record=_record(result, table, source, seed))
+
+
+def mosaic_seeds(seed: int) -> tuple[int, int]:
+    """Seeds of the mosaics of the two halves: with one seed classes and targets would be the same in both."""
+    return seed, int(np.random.SeedSequence([seed, 3]).generate_state(1)[0])
 
 
 def halves(source: Source, classes: Sequence[int], seed: int) -> tuple[Source, Source]:
@@ -234,44 +286,50 @@ def halves(source: Source, classes: Sequence[int], seed: int) -> tuple[Source, S
     return source.take(sorted(parts[0])), source.take(sorted(parts[1]))
 
 
-def choose(values: NDArray[np.float64], shares: Sequence[float], seed: int) -> tuple[int, int, str]:
-    """The best setting, the one to take, and why, by the rule of `tune`.
+def choose(values: NDArray[np.float64], shares: Sequence[float]) -> tuple[int, int, str]:
+    """The best setting, the one to propose, and why, by the rule of `tune`.
 
     `values` `(settings, mosaics)` is the criterion, the current defaults first; `shares` are the settings'.
     """
     means = values.mean(axis=-1)
     best = int(means.argmax())  # of equal means the first, and the current defaults are first
-    behind = intervals(values[best] - values, seed)
-    equal = [i for i, lead in enumerate(behind) if i == best or lead.low <= 0]
     if best == 0:
         return best, 0, "the current defaults are the best"
-    if 0 in equal:
-        return best, 0, "no setting is better than the current defaults"
-    ahead = intervals(values - values[0], seed)
-    chosen = min((i for i in equal if ahead[i].low > 0), key=lambda i: (shares[i], -means[i]))
-    why = "the best" if chosen == best else "the cheapest of those that are as good as the best"
-    return best, chosen, f"better than the current defaults, on both halves; {why}"
+    ahead = intervals(values - values[0])
+    if ahead[best].low <= 0:
+        return best, 0, "no setting is shown to be better than the current defaults"
+    behind = intervals(values[best] - values)
+    as_good = [i for i, lag in enumerate(behind) if i == best or lag.high < MARGIN]
+    chosen = min((i for i in as_good if i == 0 or ahead[i].low > 0), key=lambda i: (shares[i], -means[i]))
+    cheapest = f"the cheapest of those shown to be less than {MARGIN:g} behind the best"
+    if chosen == 0:
+        return best, 0, f"the current defaults are {cheapest}"
+    return (
+        best,
+        chosen,
+        f"better than the current defaults, on both halves; {'the best' if chosen == best else cheapest}",
+    )
 
 
-def intervals(values: NDArray[np.float64], seed: int) -> list[Interval]:
-    """Mean and percentile bootstrap interval of each row of `(rows, mosaics)`.
+def intervals(values: NDArray[np.float64]) -> list[Interval]:
+    """Mean and t interval of each row of `(rows, mosaics)`; of paired differences, that of the paired t test."""
+    mosaics = values.shape[-1]
+    means = values.mean(axis=-1)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, mosaics - 1) * stats.sem(values, axis=-1)
+    return [Interval(float(m), float(m - h), float(m + h)) for m, h in zip(means, half, strict=True)]
 
-    Every row is resampled by the same mosaics. The percentile method, unlike BCa, is defined for rows of equal
-    values. The interval is over mosaics drawn of these images: it says nothing of other images.
+
+def hit_intervals(hits: NDArray[np.float64]) -> list[Interval]:
+    """Mean and Wilson interval of each row of hits `(rows, mosaics)`.
+
+    Unlike the t interval it has a width where all mosaics are hit, or none. Ties hit by their share (maps.py); the
+    interval is that of the nearest whole number of hits.
     """
-    found = bootstrap(
-        (values,),
-        np.mean,
-        axis=-1,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=100,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        random_state=np.random.default_rng([seed, 3]),
-    ).confidence_interval
-    low, high = np.broadcast_to(found.low, len(values)), np.broadcast_to(found.high, len(values))
-    return [Interval(*(float(v) for v in row)) for row in zip(values.mean(axis=-1), low, high, strict=True)]
+    mosaics = hits.shape[-1]
+    found = [
+        stats.binomtest(round(float(row.sum())), mosaics).proportion_ci(CONFIDENCE, method="wilson") for row in hits
+    ]
+    return [Interval(float(row.mean()), float(ci.low), float(ci.high)) for row, ci in zip(hits, found, strict=True)]
 
 
 def quantile_text(setting: Defaults, names: Sequence[str]) -> str:
@@ -325,9 +383,9 @@ class _Counted:
 class _Race:
     """Contenders of one table on the same pictures."""
 
-    def __init__(self, explainer: Explainer, control: Explainer, criterion: str, seed: int, batch_size: int) -> None:
+    def __init__(self, explainer: Explainer, control: Explainer, criterion: str, batch_size: int) -> None:
         self._explainer, self._control = explainer, control
-        self._criterion, self._seed, self._batch_size = criterion, seed, batch_size
+        self._criterion, self._batch_size = criterion, batch_size
 
     def run(
         self, contenders: Sequence[_Contender], pictures: Sequence[Picture], counted: _Counted
@@ -362,15 +420,19 @@ class _Race:
     ) -> Interval:
         """The criterion of `one` minus that of `other`, paired."""
         value = self.criterion(scores)
-        return intervals(value[[contenders.index(one)]] - value[[contenders.index(other)]], self._seed)[0]
+        return intervals(value[[contenders.index(one)]] - value[[contenders.index(other)]])[0]
 
     def rows(self, contenders: Sequence[_Contender], scores: NDArray[np.float64]) -> list[Row]:
         value = self.criterion(scores)
         table = self._explainer.table
         current = value[contenders.index(_Contender("setting", table.defaults))]
         gradient = value[contenders.index(_GRADIENT)]
-        columns = [scores[..., 0], scores[..., 1], value, value - current, value - gradient]
-        found = [intervals(column, self._seed) for column in columns]
+        found = [
+            intervals(scores[..., 0]),
+            hit_intervals(scores[..., 1]),
+            intervals(value - current),
+            intervals(value - gradient),
+        ]
         return [
             Row(c.kind, c.defaults, _share(c.defaults, table), *each)
             for c, *each in zip(contenders, *found, strict=True)
@@ -437,20 +499,28 @@ def _share(setting: Defaults | None, table: SelectionTable) -> float:
 
 
 def _record(result: TuneResult, table: SelectionTable, source: Source, seed: int) -> dict[str, Any]:
-    """How the defaults were chosen, for the manifest; `expected` is from the second half of the images alone."""
+    """How the defaults were chosen, for the manifest; `expected` is from the second half of the images alone.
+
+    `decided` names the figures of it that would have led to another end had they been others.
+    """
     chosen = next(row for row in result.measured if row.kind == "setting" and row.defaults == result.chosen)
     return {
         "by": f"parchgrad {parchgrad.__version__}",
         "criterion": result.criterion,
         "data": PurePath(source.root).name,
         "data_sha256": source.fingerprint(),
-        "images": len(source),
-        "classes": len(source.classes),
+        "images": {"there": len(source), "choosing": result.images[0], "measuring": result.images[1]},
+        "classes": result.classes,
+        "classes_left_out": list(result.left_out.classes),
         "images_left_out": {"used": len(result.left_out.used), "unreadable": len(result.left_out.unreadable)},
         "mosaics": {"choosing": result.mosaics, "measuring": result.mosaics},
         "seed": seed,
         "confidence": CONFIDENCE,
+        "intervals": {"mass": "t", "hits": "wilson", "differences": "paired t"},
+        "margin": MARGIN,
         "before": table.defaults.to_json(),
+        "proposed": result.proposed.to_json(),
+        "confirmed": result.confirmed,
         "chosen": result.chosen.to_json(),
         "reason": result.reason,
         "expected": {
@@ -459,6 +529,7 @@ def _record(result: TuneResult, table: SelectionTable, source: Source, seed: int
             "over_gradient": chosen.over_gradient.to_json(),
             "over_random": result.over_random.to_json(),
             "over_before": chosen.over_current.to_json(),
+            "decided": ["over_random", *(["over_before"] if result.confirmed else [])],
         },
         "grid": [_record_row(row, table.layer_names) for row in result.rows],
     }

@@ -117,7 +117,7 @@ class ImageFolder:
         try:
             return self.path(index).read_bytes()
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            return DataError(f"Image '{self.names[index]}' cannot be read: {error}.")
+            return DataError(f"Image '{self.names[index]}' cannot be read: {error.strerror}.")
         except OSError as error:
             raise DataError(f"File '{self.path(index)}' cannot be read: {error}.") from error
 

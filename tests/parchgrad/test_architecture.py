@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "programs": {"layers"},
     "sources": set(),
     "evidence": {"tables", "statistics", "files"},
-    "checkpoint": {"evidence"},
+    "checkpoint": {"evidence", "files"},
     "tables": {"statistics", "layers", "files", "versions", "selection", "options", "rule"},
 }
 

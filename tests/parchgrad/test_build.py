@@ -273,15 +273,25 @@ def test_benjamini_hochberg_adjusts_p_and_keeps_the_order(model, data):
     assert table.built["control"] == "benjamini_hochberg"
 
 
-def test_held_out_images_are_a_share_of_each_class_drawn_by_a_seed(model, data):
-    source = ImageFolder.scan(data, model)
-    kept = hold_out(source, 0.4, seed=3)
-    assert np.bincount(kept.targets).tolist() == [3, 0, 5, 4]
-    again, other = hold_out(source, 0.4, seed=3), hold_out(source, 0.4, seed=4)
-    assert kept.names == again.names
-    assert kept.names != other.names
-    assert set(kept.names) < set(source.names)
-    assert np.bincount(hold_out(source, 0.99, seed=0).targets).tolist() == [2, 0, 2, 2], "two of each stay"
+def many_images(root, count, first=0):
+    """Empty files: what is held out is decided by names."""
+    for name in ("tree", "bus"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(first, count):
+            (root / name / f"{i}.png").touch()
+    return root
+
+
+def test_held_out_images_are_a_share_drawn_by_a_seed_each_by_itself(model, tmp_path):
+    source = ImageFolder.scan(many_images(tmp_path, 500), model)
+    kept = set(hold_out(source, 0.3, seed=3).names)
+    assert 0.65 <= len(kept) / len(source) <= 0.75
+    assert kept == set(hold_out(source, 0.3, seed=3).names)
+    assert kept != set(hold_out(source, 0.3, seed=4).names)
+    assert kept > set(hold_out(source, 0.5, seed=3).names)
+    grown = ImageFolder.scan(many_images(tmp_path, 600, first=500), model)
+    assert set(hold_out(grown, 0.3, seed=3).names) & set(source.names) == kept, "more images change nothing for these"
+    assert np.bincount(hold_out(source, 0.999, seed=0).targets).tolist()[2:] == [2, 2], "two of each class stay"
 
 
 def test_the_callers_model_is_left_as_it_was(model, data):

@@ -1,5 +1,6 @@
 """`parchgrad table build|extend|merge|verify`: equal tables however they came together, exit codes, refusals."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,9 +18,12 @@ from safetensors import safe_open
 
 from parchgrad import checkpoint as checkpoint_module
 from parchgrad.cli import cli
-from parchgrad.errors import DataError, EvidenceError, ParchGradError
-from parchgrad.models import add_model, build_network
+from parchgrad.errors import DataError, EvidenceError, InUseError, ParchGradError
+from parchgrad.files import claimed
+from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing
+from parchgrad.store import write_table
+from parchgrad.tables import load_table
 
 LABELS = ["cat", "dog", "tree", "bus"]
 FACTORY = "tests.parchgrad.factories:small"
@@ -70,7 +74,7 @@ class Tables:
         return self._done("build", "net", "--data", data, "--batch-size", 4, "--workers", 0, *options)
 
     def extend(self, data, *options):
-        return self._done("extend", "net", "--data", data, "--batch-size", 4, "--workers", 0, *options)
+        return self._done("extend", "net", "--data", data, "--workers", 0, *options)
 
     def merge(self, *parts, options=()):
         return self._done("merge", *(part.folder for part in parts), *options)
@@ -170,7 +174,7 @@ def test_an_extended_table_equals_one_build_over_all_data(tables, whole, tmp_pat
     grown.extend(write_images(tmp_path / "third", {"cat": 6}, first=6))
     one = grown.extend(write_images(tmp_path / "one", {"cat": 1}, first=12))
     assert "1 images added, 0 were in the table already" in one.stderr
-    some = grown.extend(tmp_path / "all", "--batch-size", 3)
+    some = grown.extend(tmp_path / "all")
     assert "1 images added, 32 were in the table already" in some.stderr
     assert_equal(grown, whole)
     none = grown.extend(tmp_path / "all")
@@ -196,7 +200,7 @@ def test_an_interrupted_extend_goes_on_and_is_not_taken_for_a_build(tables, whol
     monkeypatch.setattr(checkpoint_module, "SHARE_OF_TIME", 1e9)
     with monkeypatch.context() as patched:
         interrupt_after(patched, 3)
-        result = invoke("table", "extend", "net", "--data", tmp_path / "all", "--batch-size", 4, "--workers", 0,
+        result = invoke("table", "extend", "net", "--data", tmp_path / "all", "--workers", 0,
                         *grown.where)  # fmt: skip
     assert result.exit_code == 130
     unfinished = grown.folder.with_name(".1.unfinished.safetensors")
@@ -205,7 +209,7 @@ def test_an_interrupted_extend_goes_on_and_is_not_taken_for_a_build(tables, whol
     for other in (
         ("build", "net", "--force", "--data", tmp_path / "all", "--batch-size", 4),
         ("build", "net", "--force", "--data", tmp_path / "first", "--batch-size", 4),
-        ("extend", "net", "--data", tmp_path / "all", "--batch-size", 5),
+        ("extend", "net", "--data", tmp_path / "first"),
     ):
         error = grown.refused(*other, "--workers", 0)
         assert isinstance(error, EvidenceError)
@@ -468,7 +472,7 @@ def test_verify_finds_what_is_wrong_and_ends_with_1(whole):
         assert result.exit_code == 1
         findings = {finding["what"]: finding for finding in json.loads(result.output)}
         assert [w for w, finding in findings.items() if finding["state"] == "failed"] == ["files", what]
-        assert "cannot be read" in findings[what]["detail"]
+        assert ("damaged" if what == "evidence" else "cannot be read") in findings[what]["detail"]
         assert "\n" not in findings[what]["detail"]
         assert invoke("table", "verify", "net", *whole.where).output.count("failed") == 2
         path.unlink()
@@ -480,8 +484,11 @@ def test_verify_finds_what_is_wrong_and_ends_with_1(whole):
     before = path.read_bytes()
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     result = invoke("table", "verify", "net", *whole.where)
-    assert isinstance(result.exception, ParchGradError)
-    assert "its manifest says" in str(result.exception)
+    assert result.exit_code == 1
+    assert result.output.startswith("failed   opening")
+    assert "its manifest says" in result.output
+    found = json.loads(invoke("table", "verify", "net", "--json", *whole.where).output)
+    assert [(finding["what"], finding["state"]) for finding in found] == [("opening", "failed")]
 
 
 # A folder and Parquet
@@ -516,3 +523,105 @@ def test_images_in_parquet_give_the_folders_table(tables, whole, tmp_path, batch
     grown = more.extend(tmp_path / "parquet")
     assert "18 images added, 15 were in the table already" in grown.stderr
     assert more.file() == whole.file()
+
+
+# Several at once, and again and again
+
+
+def test_too_many_unreadable_images_stop_the_build_each_time_it_is_tried(tables, tmp_path):
+    data = write_images(tmp_path / "all", {"cat": 12, "dog": 12})
+    (data / "cat" / "000.png").write_bytes(b"no image")
+    made = tables("made")
+    for _ in range(3):
+        error = made_error(made, data)
+        assert isinstance(error, DataError)
+        assert "1 of 24 images cannot be read" in str(error)
+    assert not made.folder.exists()
+
+
+def made_error(made, data, *options):
+    result = invoke(
+        "table", "build", "net", "--data", data, "--batch-size", 4, "--workers", 0, *options, *made.where
+    )  # fmt: skip
+    assert result.exit_code != 0
+    return result.exception
+
+
+def test_one_process_at_a_time_works_on_a_table(whole, tables, tmp_path):
+    more = write_images(tmp_path / "more", {"cat": 2}, first=50)
+    with claimed(whole.folder.parent, "a test"):
+        for command in (("build", "net", "--data", more, "--force"), ("extend", "net", "--data", more),
+                        ("merge", whole.folder, whole.folder, "--force")):  # fmt: skip
+            error = whole.refused(*command)
+            assert isinstance(error, InUseError)
+            assert str(error).endswith("net' is in use by another process for building a table.")
+    whole.extend(more)
+
+
+def test_new_defaults_for_a_table_that_was_replaced_meanwhile_are_refused(whole, tmp_path):
+    """What `table tune` does: it reads a table, measures for long, and writes it with other defaults."""
+    model = load_model(whole.models / "net")
+    opened = load_table(whole.folder, model)
+    write_table(opened.with_defaults(quantile=0.3), whole.folder, model)
+    whole.extend(write_images(tmp_path / "more", {"cat": 2}, first=50))
+    with pytest.raises(InUseError, match="was replaced by another while this one was worked on"):
+        write_table(opened.with_defaults(quantile=0.5), whole.folder, model)
+    assert load_table(whole.folder, model).defaults.quantile == 0.3
+
+
+def test_damaged_evidence_is_not_grown_from(whole, tmp_path):
+    path = whole.folder / "evidence.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    error = whole.refused("extend", "net", "--data", write_images(tmp_path / "more", {"cat": 2}, first=50))
+    assert isinstance(error, EvidenceError)
+    assert "is damaged or was changed" in str(error)
+
+
+def test_tables_of_another_batch_size_do_not_add_up(tables, tmp_path):
+    one, other = tables("one"), tables("other")
+    one.build(write_images(tmp_path / "first", {"cat": 5, "dog": 4}))
+    other.build(write_images(tmp_path / "second", {"cat": 5, "bus": 4}, first=20), "--batch-size", 5)
+    error = tables("merged").refused("merge", one.folder, other.folder)
+    assert isinstance(error, EvidenceError)
+    assert str(error) == "The evidence does not add up: batch_size differs: 4 and 5."
+
+
+def test_the_same_picture_under_another_class_is_another_image(tables, tmp_path):
+    both = write_images(tmp_path / "all", {"cat": 5, "dog": 4})
+    shutil.copy(both / "cat" / "000.png", both / "dog" / "zz.png")
+    whole, grown = tables("whole"), tables("grown")
+    whole.build(both)
+    grown.build(write_images(tmp_path / "first", {"cat": 5, "dog": 4}))
+    assert "1 images added, 9 were in the table already" in grown.extend(both).stderr
+    assert_equal(grown, whole)
+
+
+def test_the_record_of_tuning_stays_with_its_table_named(whole, tmp_path):
+    model = load_model(whole.models / "net")
+    opened = load_table(whole.folder, model)
+    tuned = dataclasses.replace(opened, built={**opened.built, "tuned": {"chosen": 0.3}})
+    write_table(tuned, whole.folder, model)
+    whole.extend(write_images(tmp_path / "more", {"cat": 2}, first=50))
+    assert whole.manifest["built"]["tuned"] == {"table_sha256": opened.table_sha256, "chosen": 0.3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--max-bad", "nan"), ("--hold-out", "nan"), ("--checkpoint-every", "nan"), ("--seed", -1),
+     ("--ray-address", "auto"), ("--gpus-per-worker", 1)],
+    ids=lambda options: options[0],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_wrong_usage(tables, tmp_path, options):
+    data = write_images(tmp_path / "all", {"cat": 3, "dog": 3})
+    result = tables("made").refused("build", "net", "--data", data, *options)
+    assert result.exit_code == 2
+
+
+def test_a_device_that_is_not_there_leaves_nothing_behind(tables, tmp_path):
+    made = tables("made")
+    error = made.refused("build", "net", "--data", write_images(tmp_path / "all", {"cat": 3, "dog": 3}),
+                         "--device", "abacus")  # fmt: skip
+    assert "abacus" in str(error)
+    assert not made.root.exists()

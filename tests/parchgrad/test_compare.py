@@ -15,7 +15,8 @@ from parchgrad.build import build_table
 from parchgrad.cli import cli
 from parchgrad.errors import DataError, OptionError, UncoveredTargetError
 from parchgrad.evaluation import mosaics
-from parchgrad.evaluation.compare import LeftOut, Picture, compare, grad_cam, mosaics_of, standard_methods, usable
+from parchgrad.evaluation.compare import compare, grad_cam, standard_methods
+from parchgrad.evaluation.images import LeftOut, Picture, mosaics_of, usable
 from parchgrad.evidence import digest_of
 from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
@@ -208,18 +209,57 @@ def test_mosaics_leave_out_used_and_unreadable_images_and_say_so(folder, tiny_mo
     assert_close(again.pictures[0].image, made.pictures[0].image, 0.0)
 
 
+class Watched:
+    """A source that notes which images are read."""
+
+    def __init__(self, source):
+        self.source, self.read_images, self.most = source, [], 0
+        self.targets, self.classes, self.name, self.take = source.targets, source.classes, source.name, source.take
+
+    def read(self, indices):
+        self.read_images += indices
+        self.most = max(self.most, len(indices))
+        return self.source.read(indices)
+
+
 def test_usable_images_are_looked_for_no_further_than_needed(folder, monkeypatch):
     used = {digest_of(folder.path(i).read_bytes()).hex() for i in (0, 1, 4)}
     folder.path(9).write_bytes(b"no image")
-    fine, left_out = usable(folder, 2, seed=0, used=used)
+    watched, seen = Watched(folder), []
+    fine, left_out = usable(watched, 2, seed=0, used=used, progress=lambda *now: seen.append(now))
     assert np.bincount(fine.targets, minlength=5).tolist() == [1, 2, 2, 2, 2]
-    assert not {folder.name(i) for i in (0, 1, 4, 9)} & set(fine.names)
-    assert left_out == LeftOut(tuple(folder.name(i) for i in (0, 1, 4)), (folder.name(9),), 15)
+    gone = {folder.name(i) for i in (0, 1, 4, 9)}
+    assert not gone & set(fine.names)
+    assert (
+        len(watched.read_images)
+        == left_out.looked_at
+        == 3
+        + sum(
+            2 + len(gone & {folder.name(i) for i in watched.read_images if folder.targets[i] == c}) for c in range(1, 5)
+        )
+    ), "all of the first class; of each other two and the bad ones met on the way"
+    assert set(left_out.used) | set(left_out.unreadable) == gone & {folder.name(i) for i in watched.read_images}
+    assert seen[-1] == (9, 9)
     everything, _ = usable(folder, 99, seed=0)
     assert everything.names == [name for name in folder.names if name != folder.name(9)]
     assert usable(folder, 1, seed=0)[0].names != usable(folder, 1, seed=1)[0].names
-    monkeypatch.setattr("parchgrad.evaluation.compare.READ_TOGETHER", 1)
-    assert usable(folder.take(range(3)), 2, seed=0)[1] == LeftOut((), (), 2)
+    monkeypatch.setattr("parchgrad.evaluation.images.READ_TOGETHER", 1)
+    watched = Watched(folder)
+    assert usable(watched, 2, seed=0, used=used)[0].names == fine.names
+    assert watched.most == 1
+
+
+def test_classes_of_fewer_usable_images_than_the_least_are_left_out(folder):
+    used = {digest_of(folder.path(i).read_bytes()).hex() for i in (0, 1, 4)}
+    fine, left_out = usable(folder, 3, seed=0, least=2, used=used)
+    assert left_out.classes == (int(folder.targets[0]),)
+    assert np.bincount(fine.targets, minlength=5).tolist() == [0, 2, 3, 3, 3]
+
+
+def test_looking_at_drawn_images_is_counted(folder, tiny_model):
+    seen = []
+    made = mosaics_of(folder, tiny_model.preprocessing, 8, seed=0, progress=lambda *now: seen.append(now))
+    assert seen == [(made.left_out.looked_at,) * 2]
 
 
 def test_a_class_without_an_image_left_is_refused(folder, tiny_model):

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
+import threading
 import types
 
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from parchgrad.errors import OptionError, TableError, UncoveredTargetError
+from parchgrad.files import new_folder
 from parchgrad.selection import best_ranked, by_class, by_instance, channels_of_quantile
 from parchgrad.statistics import ClassMoments
 from parchgrad.tables import Defaults, LayerTable, SelectionTable, load_table, quantile_of_layers
@@ -543,3 +546,42 @@ def test_best_ranked_is_by_class_layer_by_layer(rows):
     masks = best_ranked(table.rank, targets, count, widths)
     for i, layer in enumerate(table.layers.values()):
         assert torch.equal(masks[i], by_class(layer.rank[targets], None, count[:, i], torch.full((4,), math.nan)))
+
+
+def test_a_table_replaced_while_it_is_opened_is_one_of_the_two(tmp_path):
+    """Its digest, its defaults and its values are of one table, however fast another process exchanges them."""
+    folder = tmp_path / "1"
+    ranks = {}
+    for seed in (0, 1):
+        with new_folder(tmp_path / f"made{seed}") as staged:
+            saved = SelectionTable.random(build(), 3, seed).with_defaults(quantile=0.1 + seed / 2).save(staged)
+        ranks[saved.table_sha256] = saved.rank.clone(), saved.defaults.quantile
+    stop = threading.Event()
+
+    def exchange():
+        turn = 0
+        while not stop.is_set():
+            with new_folder(folder) as staged:
+                shutil.copytree(tmp_path / f"made{turn % 2}", staged, dirs_exist_ok=True)
+            turn += 1
+
+    shutil.copytree(tmp_path / "made0", folder)
+    writer = threading.Thread(target=exchange)
+    writer.start()
+    seen, refused = set(), []
+    try:
+        for _ in range(300):
+            try:
+                loaded = load_table(folder)
+            except TableError as error:
+                refused.append(str(error))
+                continue
+            rank, quantile = ranks[loaded.table_sha256]
+            assert torch.equal(loaded.rank, rank)
+            assert loaded.defaults.quantile == quantile
+            seen.add(loaded.table_sha256)
+    finally:
+        stop.set()
+        writer.join()
+    assert len(seen) == 2
+    assert all("replaced faster than it can be opened" in reason for reason in refused)

@@ -13,9 +13,16 @@ from torch import nn
 
 from parchgrad.errors import DataError, OptionError, TableError, UncoveredTargetError
 from parchgrad.evaluation import tune as tune_module
-from parchgrad.evaluation.compare import mosaics_of
-from parchgrad.evaluation.report import grid_table, left_out_line, measured_table, tune_text
-from parchgrad.evaluation.tune import Grid, choose, halves, intervals, tune
+from parchgrad.evaluation.images import mosaics_of
+from parchgrad.evaluation.report import (
+    classes_left_out_line,
+    grid_table,
+    left_out_line,
+    measured_table,
+    natural_width,
+    tune_text,
+)
+from parchgrad.evaluation.tune import Grid, choose, halves, hit_intervals, intervals, mosaic_seeds, tune
 from parchgrad.evidence import digest_of
 from parchgrad.explainer import Explainer
 from parchgrad.layers import match
@@ -126,11 +133,12 @@ def test_every_row_is_the_mean_of_one_map_at_a_time(explainer, source, criterion
     grid = Grid(quantiles=(0.1, (0.6, 0.2)), gammas=(math.inf, 2.0), conserve=("none", "exact"))
     result = tuned(explainer, source, grid=grid, criterion=criterion, batch_size=3)
     control = tune_module.random_control(explainer, 1)
-    for rows, half in zip((result.rows, result.measured), halves(source, source.classes, 1), strict=True):
+    parts = halves(source, source.classes, 1)
+    for rows, half, seed in zip((result.rows, result.measured), parts, mosaic_seeds(1), strict=True):
         scores = {}
         for i, row in enumerate(rows):
             loop = []
-            for picture in mosaics_of(half, PREPROCESSING, 12, 1).pictures:
+            for picture in mosaics_of(half, PREPROCESSING, 12, seed).pictures:
                 if row.defaults is None:
                     options = {"rule": False}
                 else:
@@ -161,19 +169,46 @@ def test_batches_change_nothing(explainer, source):
     assert [row.mass.mean for row in one.rows] == pytest.approx([row.mass.mean for row in many.rows], abs=1e-6)
 
 
-def test_intervals_are_the_percentile_bootstrap():
+def test_the_halves_are_measured_on_mosaics_drawn_apart(explainer, source, monkeypatch):
+    """As many images of each class in both: with one seed the same classes and targets in every mosaic."""
+    drawn = []
+
+    def spied(half, *arguments, **options):
+        made = mosaics_of(half, *arguments, **options)
+        drawn.append([picture.target for picture in made.pictures])
+        return made
+
+    monkeypatch.setattr(tune_module, "mosaics_of", spied)
+    tuned(explainer, source)
+    first, second = drawn
+    assert first != second
+    assert mosaic_seeds(1) == mosaic_seeds(1)
+    assert len({*mosaic_seeds(0), *mosaic_seeds(1)}) == 4
+
+
+def test_intervals_are_those_of_the_t_test():
+    """By the textbook: mean +- t(0.975, n - 1) s / sqrt(n); 2.0452 is in every table for 29 degrees of freedom."""
     generator = np.random.default_rng(5)
-    values = np.stack([generator.random(80), generator.random(80) < 0.3, np.full(80, 0.25), np.zeros(80)])
-    drawn = np.random.default_rng(99).integers(0, 80, (20000, 80))
-    for row, interval in zip(values, intervals(values, seed=0), strict=True):
-        means = row[drawn].mean(axis=1)
-        width = 4 * row.std() / np.sqrt(80)
-        assert interval.mean == pytest.approx(row.mean())
-        assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=0.03 * width + 1e-9)
-        assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=0.03 * width + 1e-9)
-    assert intervals(values, seed=0) == intervals(values, seed=0)
-    alone, among = intervals(values[:1], seed=0)[0], intervals(values, seed=0)[0]
-    assert dataclasses.astuple(alone) == pytest.approx(dataclasses.astuple(among), abs=1e-12)
+    values = np.stack([generator.random(30), generator.random(30) < 0.3, np.full(30, 0.25), np.zeros(30)])
+    for row, interval in zip(values, intervals(values), strict=True):
+        mean = sum(row) / 30
+        half = 2.0452296 * math.sqrt(sum((v - mean) ** 2 for v in row) / 29) / math.sqrt(30)
+        assert dataclasses.astuple(interval) == pytest.approx((mean, mean - half, mean + half), abs=1e-7)
+    assert intervals(values[:1])[0] == intervals(values)[0]
+
+
+def test_intervals_of_hits_are_wilsons():
+    """By the formula; all hits and no hits have a width."""
+    hits = np.array([[1.0] * k + [0.0] * (30 - k) for k in (0, 1, 12, 30)])
+    z = 1.959964
+    for row, interval in zip(hits, hit_intervals(hits), strict=True):
+        p = row.mean()
+        centre = (p + z * z / 60) / (1 + z * z / 30)
+        half = z / (1 + z * z / 30) * math.sqrt(p * (1 - p) / 30 + z * z / 3600)
+        assert dataclasses.astuple(interval) == pytest.approx((p, centre - half, centre + half), abs=1e-6)
+    (tied,) = hit_intervals(np.array([[0.5, 0.75, 1.0, *[0.0] * 27]]))
+    assert tied.mean == pytest.approx(2.25 / 30)
+    assert tied.low < tied.mean < tied.high
 
 
 def noisy(*leads, noise=0.02, mosaics=60):
@@ -188,26 +223,45 @@ def noisy(*leads, noise=0.02, mosaics=60):
     ("leads", "shares", "expected"),
     [
         ((0.0, -0.1, -0.2), (1.0, 0.1, 0.1), (0, 0, "the current defaults are the best")),
-        ((0.0, 0.001, -0.2), (1.0, 0.1, 0.1), (1, 0, "no setting is better than the current")),
+        ((0.0, 0.001, -0.2), (1.0, 0.1, 0.1), (1, 0, "no setting is shown to be better than the current")),
         ((0.0, 0.1, 0.2), (1.0, 0.1, 0.5), (2, 2, "both halves; the best")),
-        ((0.0, 0.2, 0.201), (1.0, 0.1, 0.5), (2, 1, "the cheapest of those that are as good")),
+        ((0.0, 0.2, 0.201), (1.0, 0.1, 0.5), (2, 1, "the cheapest of those shown to be less than 0.01 behind")),
         ((0.0, 0.201, 0.2), (1.0, 0.1, 0.5), (1, 1, "both halves; the best")),
         ((0.0, 0.2, 0.201), (1.0, 0.5, 0.5), (2, 2, "both halves; the best")),
+        ((0.0, 0.18, 0.2), (1.0, 0.1, 0.5), (2, 2, "both halves; the best")),
     ],
-    ids=["current-best", "tied-with-current", "clear-best", "tie-to-the-cheapest", "best-is-cheapest", "equal-cost"],
+    ids=[
+        "current-best",
+        "tied-with-current",
+        "clear-best",
+        "tie-to-the-cheapest",
+        "best-is-cheapest",
+        "equal-cost",
+        "cheaper-but-behind",
+    ],
 )
 def test_the_rule_of_choosing(leads, shares, expected):
-    best, chosen, why = choose(noisy(*leads), shares, seed=0)
+    best, chosen, why = choose(noisy(*leads), shares)
     assert (best, chosen) == expected[:2]
     assert expected[2] in why
 
 
-def test_a_cheap_setting_no_better_than_the_current_one_is_not_chosen():
-    """Noisy, it cannot be told from the best, nor from the current defaults: no evidence for it."""
-    values = noisy(0.0, 0.1, 0.05)
-    values[2] += np.random.default_rng(1).normal(0, 0.5, values.shape[1])
-    values[2] += 0.05 - (values[2] - values[0]).mean()
-    assert choose(values, (1.0, 0.5, 0.1), seed=0)[:2] == (1, 1)
+def test_current_defaults_as_good_as_the_best_stay_if_they_are_the_cheapest():
+    """The other is better, but by less than the margin."""
+    values = noisy(0.0, 0.004, noise=0.002)
+    best, chosen, why = choose(values, (0.1, 0.5))
+    assert (best, chosen) == (1, 0)
+    assert "the current defaults are the cheapest of those shown to be less than 0.01 behind" in why
+    assert choose(values, (0.5, 0.1))[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.06])
+def test_a_cheap_setting_that_may_be_far_behind_is_not_as_good(noise):
+    """Too noisy to be told from the best: that is no evidence that it is as good."""
+    values = noisy(0.0, 0.3, 0.299)
+    own = np.random.default_rng(1).normal(0, noise, values.shape[1])
+    values[2] += own - own.mean()
+    assert choose(values, (1.0, 0.5, 0.1))[:2] == (1, 1)
 
 
 def test_halves_share_no_image_and_split_every_class(source):
@@ -227,6 +281,9 @@ def test_the_second_half_of_the_images_is_what_is_measured(explainer, source, mo
     result = tuned(explainer, source)
     assert result.chosen == explainer.table.defaults
     assert result.reason == "the lead of another setting over the current defaults did not show again"
+    assert result.proposed == Defaults(quantile=0.05)
+    assert result.confirmed is result.record["confirmed"] is False
+    assert result.record["expected"]["decided"] == ["over_random"]
     assert result.record["expected"]["over_before"]["mean"] == 0
     row = next(r for r in result.measured if r.kind == "setting" and r.defaults == result.chosen)
     assert result.record["expected"]["mass"] == row.mass.to_json()
@@ -237,18 +294,20 @@ def test_current_defaults_that_are_best_stay(source):
     result = tuned(explainer, source)
     assert result.chosen == explainer.table.defaults
     assert [row.kind for row in result.measured] == ["setting", "random", "gradient"]
+    assert result.confirmed is result.record["confirmed"] is None
+    assert "defaults unchanged" in tune_text(result, explainer.table)
 
 
 def test_a_table_that_says_nothing_is_refused(source, tmp_path):
     explainer = Explainer(Colours().eval(), colour_table(own_channel_last))
-    result = tuned(explainer, source)
+    result = tuned(explainer, source, mosaics=30)
     assert not result.beats_control
     with pytest.raises(TableError, match=r"'colours' points no better than random channels: mass is .* above theirs"):
         result.applied(explainer.table)
 
 
 def test_the_record_says_how_the_defaults_were_chosen(explainer, source, tmp_path):
-    result = tuned(explainer, source)
+    result = tuned(explainer, source, mosaics=30)
     saved = result.applied(explainer.table).save(tmp_path / "table")
     loaded = load_table(saved.folder)
     assert loaded.defaults == result.chosen
@@ -257,12 +316,23 @@ def test_the_record_says_how_the_defaults_were_chosen(explainer, source, tmp_pat
     assert record == json.loads(json.dumps(result.record))
     assert record["data"] == "held_out"
     assert record["data_sha256"] == source.fingerprint()
-    assert record["mosaics"] == {"choosing": 12, "measuring": 12}
+    assert record["mosaics"] == {"choosing": 30, "measuring": 30}
     assert record["before"]["quantile"] == 0.5
     assert Defaults.from_json(record["chosen"]) == result.chosen
     assert record["expected"]["mass"]["mean"] == pytest.approx(1.0)
+    assert record["proposed"] == record["chosen"]
+    assert record["confirmed"] is True
+    assert record["expected"]["decided"] == ["over_random", "over_before"], "they had to be above 0"
+    assert record["images"] == {"there": 48, "choosing": 24, "measuring": 24}
+    assert record["intervals"] == {"mass": "t", "hits": "wilson", "differences": "paired t"}
     assert len(record["grid"]) == len(result.rows)
     assert str(tmp_path) not in json.dumps(record)
+
+
+def test_few_mosaics_are_measured_but_no_choice_is_written(explainer, source):
+    result = tuned(explainer, source, mosaics=29)
+    with pytest.raises(OptionError, match="'mosaics' is 29; allowed: at least 30 for a choice to be written"):
+        result.applied(explainer.table)
 
 
 def test_images_of_the_table_are_left_out_of_both_halves(explainer, source, monkeypatch):
@@ -287,8 +357,42 @@ def test_images_of_the_table_are_left_out_of_both_halves(explainer, source, monk
 
 def test_too_few_unused_images_are_refused(explainer, source):
     used = {digest_of(source.path(i).read_bytes()).hex() for i in range(len(source)) if i != 30}
-    with pytest.raises(DataError, match=r"holds 0 image\(s\) of class 0 that can be read and that the table was not"):
+    message = "holds usable images of 0 classes, a mosaic needs 4: 4 have fewer than 2 that can be read and"
+    with pytest.raises(DataError, match=message):
         tuned(explainer, source, used=used)
+
+
+def test_a_class_of_too_few_images_is_left_out_while_four_remain(source, tmp_path):
+    """A fifth class of one image, which the network takes for black: the others are measured as without it."""
+    table = colour_table(own_channel_first)
+    layer = table.layers["carry"]
+    layer = dataclasses.replace(layer, log_p=layer.log_p[[0, 1, 2, 3, 0]], rank=layer.rank[[0, 1, 2, 3, 0]])
+    five = dataclasses.replace(
+        table, classes=(0, 1, 2, 3, 4), images_per_class=(2,) * 5, layers=dict.fromkeys(table.layers, layer)
+    )
+    (tmp_path / "held_out" / "4").mkdir()
+    Image.new("RGB", (6, 6)).save(tmp_path / "held_out" / "4" / "00.png")
+    more = ImageFolder(source.root, [*source.names, "4/00.png"], np.append(source.targets, 4))
+    result = tuned(Explainer(Colours().eval(), five), more)
+    assert result.left_out.classes == (4,)
+    assert result.classes == 4
+    assert result.record["classes"] == 4
+    assert result.record["classes_left_out"] == [4]
+    assert classes_left_out_line(result.left_out, five) == (
+        "Left out, with fewer than 2 usable images: class 4 (never)."
+    )
+    assert classes_left_out_line(tuned(Explainer(Colours().eval(), table), source).left_out, table) is None
+
+
+def test_reading_is_counted_and_comes_before_the_maps(explainer, source):
+    seen = []
+    tuned(
+        explainer, source, reading=lambda *now: seen.append(("images", *now)),
+        progress=lambda *now: seen.append(("maps", *now)),
+    )  # fmt: skip
+    images = [now for now in seen if now[0] == "images"]
+    assert seen[: len(images)] == images
+    assert images == [("images", done, 48) for done in (12, 24, 36, 48, 48)]
 
 
 def test_a_grid_tries_every_combination_once_and_the_current_defaults_first():
@@ -389,8 +493,24 @@ def test_the_grid_is_printed_with_the_chosen_row_marked(explainer, source):
     lines = console.file.getvalue().splitlines()
     (marked,) = [line for line in lines[: len(result.rows) + 5] if "chosen" in line]
     assert marked.split()[:5] == ["chosen,", "best", "0.05", "inf", "all"]
-    assert sum("random channels" in line for line in lines) == 3
-    assert sum(line.strip().startswith("gradient") for line in lines) == 2
-    text = tune_text(result, names)
-    assert "chosen    quantile 0.05, gamma inf, layers all" in text
-    assert "expected  mass 1.000 1.00..1.00" in text
+    assert sum(line.strip().startswith("random ") for line in lines) == 3
+    assert sum(bool(line.strip()) and line.split()[0] == "gradient" for line in lines) == 2
+    text = tune_text(result, explainer.table)
+    assert text[0] == "defaults changed"
+    assert any("chosen    quantile 0.05, gamma inf, layers all" in line for line in text)
+    assert any("expected  mass 1.000 ±0.000; hits 1.00 0.76-1.00" in line for line in text)
+    assert any("12 of four from 24 images, and 12 from 24 others" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"),
+    [(None, []), (110, []), (100, ["over gradient"]), (80, ["over gradient", "kept", "hits"]), (20, None)],
+)
+def test_a_narrow_grid_leaves_columns_out(explainer, source, width, gone):
+    view = grid_table(tuned(explainer, source), explainer.layer_names, width)
+    missing = [n for n in ("over gradient", "kept", "hits") if n not in {c.header for c in view.columns}]
+    if gone is not None:
+        assert set(missing) <= set(gone)
+        assert width is None or natural_width(view) <= width
+    assert {"mass", "over current", "quantile"} <= {c.header for c in view.columns}
+    assert ("kept:" in view.caption) == ("kept" not in missing)

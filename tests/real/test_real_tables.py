@@ -100,7 +100,7 @@ def test_tune_finds_the_table_better_than_the_gradient_and_records_it(repository
 
     copied = shutil.copytree(repository.tables, tmp_path / "tables")
     where = ["--models-dir", str(repository.models), "--tables-dir", str(copied)]
-    options = ["--mosaics", "8", "--quantiles", "0.1,1.0", "--gammas", "inf", "--layers", "all"]
+    options = ["--mosaics", "30", "--quantiles", "0.1,1.0", "--gammas", "inf", "--layers", "all"]
     printed = run(["table", "tune", real_model, "--data", str(VALIDATION), *options, *where])
     assert "random channels" in printed
     model = load_model(repository.models / real_model)
