@@ -1,8 +1,8 @@
 """All the statistics of a table of ImageNet's size: `python -m benchmarks.table_from_evidence`.
 
-From evidence of ResNet-50's 26,560 channels and 1000 classes to the finished table: moments, Welch's test, ranks, means and
-the Shapiro-Wilk test of 5000 images. Made-up features, five images a class, as the normality sample has them;
-how many images the moments sum up does not change the time.
+From evidence of ResNet-50's 26,560 channels and 1000 classes to the finished table: moments, Welch's test, ranks,
+means and the Shapiro-Wilk test of 5000 images. Made-up features, five images a class, as the normality sample has
+them; how many images the moments sum up does not change the time.
 """
 
 from __future__ import annotations

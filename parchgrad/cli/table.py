@@ -33,6 +33,7 @@ from parchgrad.cli.shared import (
     table_and_model,
 )
 from parchgrad.cli.table_build import table_build, table_extend, table_merge
+from parchgrad.errors import ParchGradError
 
 if TYPE_CHECKING:
     from parchgrad.evaluation.tune import TuneResult
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 # How wide text is where nobody says how wide it may be, as in a pipe.
 TEXT_WIDTH = 110
-
-from parchgrad.errors import ParchGradError
 
 
 @click.group("table")
