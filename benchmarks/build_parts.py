@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.explanation_cost import interleaved
 from parchgrad.evidence import digest_of
 from parchgrad.features import GapNetwork, running_layers
 from parchgrad.models import build_network
@@ -72,13 +72,7 @@ def main(data: Path, runs: int, json_file: Path | None) -> None:
     if len(paths) < BATCH:
         raise click.ClickException(f"'{data}' holds {len(paths)} images; {BATCH} are needed.")
     calls = parts(paths[:BATCH])
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(runs + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if number:
-                seconds[name].append(time.process_time() - start)
+    seconds = interleaved(calls, runs)
     milliseconds = {name: [1000 * s / BATCH for s in values] for name, values in seconds.items()}
     alone = statistics.median(milliseconds["network alone"])
     view = Table("part", "CPU ms an image", "spread", "x network alone", title=f"{ARCHITECTURE}, {runs} runs, 1 thread")

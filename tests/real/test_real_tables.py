@@ -109,3 +109,16 @@ def test_tune_finds_the_table_better_than_the_gradient_and_records_it(repository
     assert tuned.built["tuned"]["mosaics"]
     assert torch.equal(tuned.rank, load_table(repository.tables / real_model).rank)
     run(["table", "verify", real_model, *where])
+
+
+@SQUEEZENET
+@pytest.mark.filterwarnings(r"ignore:`\w+` is deprecated:DeprecationWarning")  # Ray's own
+def test_ray_builds_the_same_table_of_real_photographs(repository, real_model, tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed")
+    data = folder_of(tmp_path / "data", sorted(path.name for path in TRAINING.iterdir())[:3], slice(32))
+    made = []
+    for name, engine in (("local", []), ("ray", ["--engine", "ray", "--workers", "2"])):
+        where = ["--models-dir", str(repository.models), "--tables-dir", str(tmp_path / name)]
+        run(["table", "build", real_model, "--data", str(data), *engine, *where])
+        made.append(sha256(tmp_path / name / real_model / "1"))
+    assert made[0] == made[1]
