@@ -45,7 +45,7 @@ def parquet_of(root, folder):
 def test_a_real_table_verifies(repository, real_model):
     findings = json.loads(run(["table", "verify", real_model, "--json", *repository.arguments]))
     assert {finding["what"]: finding["state"] for finding in findings} == dict.fromkeys(
-        ("checksum", "model", "values", "channels", "golden record", "images", "evidence"), "ok"
+        ("checksum", "files", "model", "values", "channels", "golden record", "images", "evidence"), "ok"
     )
 
 
@@ -102,7 +102,7 @@ def test_tune_finds_the_table_better_than_the_gradient_and_records_it(repository
     where = ["--models-dir", str(repository.models), "--tables-dir", str(copied)]
     options = ["--mosaics", "30", "--quantiles", "0.1,1.0", "--gammas", "inf", "--layers", "all"]
     printed = run(["table", "tune", real_model, "--data", str(VALIDATION), *options, *where])
-    assert "random channels" in printed
+    assert "mass over random" in printed
     model = load_model(repository.models / real_model)
     tuned = load_table(copied / real_model, model)
     assert tuned.defaults.quantile == 0.1, "all channels are the plain gradient"
