@@ -16,6 +16,8 @@ import click
 
 from parchgrad.cli.shared import (
     DEVICE,
+    IMAGE_COLUMN,
+    LABEL_COLUMN,
     MODELS_DIR,
     TABLES_DIR,
     ListParameter,
@@ -60,10 +62,10 @@ def options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 READING = options(
-    click.option("--image-column", help="Column of the encoded images.  [default: the usual names]"),
-    click.option("--label-column", help="Column of the labels.  [default: the usual names]"),
+    IMAGE_COLUMN,
+    LABEL_COLUMN,
     click.option("--hold-out", type=Number(0, 1, max_open=True), default=0.0, show_default=True,
-                 help="Share of each class's images to leave for evaluation, drawn by --seed."),
+                 help="Share of the images to leave for evaluation, drawn by --seed and name."),
     click.option("--max-bad", type=Number(0, 1), default=0.01, show_default=True,
                  help="Share of unreadable images that stops the build."),
 )  # fmt: skip
@@ -176,10 +178,10 @@ def table_extend(
     from parchgrad.files import claimed, remove
     from parchgrad.sources import open_source
     from parchgrad.store import read_evidence
+    from parchgrad.tables import load_table
 
     runs_on = _engine(engine, ray_address, workers, gpus_per_worker, device)
-    opened, loaded = table_and_model(table, tables_dir, models_dir)
-    folder = opened.in_folder
+    folder = load_table(named(table, tables_dir)).in_folder
     # Opened again once nobody else is at work on it.
     with _interruptible(_unfinished(folder)), claimed(folder.parent, PURPOSE):
         opened, loaded = table_and_model(table, tables_dir, models_dir)
