@@ -336,17 +336,20 @@ def network_of(model: TableModel | nn.Module) -> nn.Module:
     return model if isinstance(model, nn.Module) else model.module
 
 
-def load_table(path: str | os.PathLike[str], model: TableModel | None = None) -> SelectionTable:
+def load_table(
+    path: str | os.PathLike[str], model: TableModel | None = None, *, mapped: bool = True
+) -> SelectionTable:
     """Read and check the table at `path`: a version folder, or its parent (then the highest version).
 
-    The tensors are mapped, so that only what is used takes memory. Raises TableError naming what does not hold:
-    missing files, format version, digest, layers, shapes, types; with `model`, also anything that is not that
-    model's. What the digest vouches for is what `save` checked; `check_values` checks it again.
+    The tensors are mapped, so that only what is used takes memory; with `mapped=False` they are copied, and whoever
+    overwrites or cuts the file afterwards changes nothing. Raises TableError naming what does not hold: missing
+    files, format version, digest, layers, shapes, types; with `model`, also anything that is not that model's. What
+    the digest vouches for is what `save` checked; `check_values` checks it again.
     """
     for _ in range(TRIES):
         folder = resolve_version(Path(path), MANIFEST_FILE, TableError)
         try:
-            table = _opened(folder)
+            table = _opened(folder, mapped)
         except _ReplacedError:
             continue  # by another process, between the reading of its two files
         if model is not None:
@@ -362,7 +365,7 @@ class _ReplacedError(Exception):
     """What was read is of two tables."""
 
 
-def _opened(folder: Path) -> SelectionTable:
+def _opened(folder: Path, mapped: bool) -> SelectionTable:
     manifest = _read_manifest(folder / MANIFEST_FILE)
     tensors_path = folder / TENSORS_FILE
     if not tensors_path.is_file():
@@ -379,7 +382,7 @@ def _opened(folder: Path) -> SelectionTable:
                 weights_sha256=manifest["model"]["weights_sha256"],
                 labels=tuple(manifest["labels"]),
                 classes=tuple(manifest["classes"]),
-                layers=_layers(name, manifest["layers"], tensors_path),
+                layers=_layers(name, manifest["layers"], tensors_path, mapped),
                 images_per_class=tuple(manifest["images_per_class"]),
                 built=manifest["built"],
                 defaults=Defaults.from_json(manifest["defaults"]),
@@ -400,6 +403,8 @@ def _opened(folder: Path) -> SelectionTable:
         # The held file cannot be reused: if the path still leads to it, all that was read is of it.
         if not _leads_to(tensors_path, before) or _read_manifest(folder / MANIFEST_FILE) != manifest:
             raise _ReplacedError
+        if not mapped and file_sha256(tensors_path) != digest:
+            raise _ReplacedError  # overwritten in place while it was copied
     if digest != manifest["table_sha256"]:
         expected = manifest["table_sha256"]
         raise TableError(f"Table '{name}': {TENSORS_FILE} has sha256 {digest}, its manifest says {expected}.")
@@ -467,7 +472,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((*first.shape[:-1], width), first.stride())
 
 
-def _layers(table: str, entries: Sequence[Mapping[str, Any]], path: Path) -> dict[str, LayerTable]:
+def _layers(table: str, entries: Sequence[Mapping[str, Any]], path: Path, mapped: bool) -> dict[str, LayerTable]:
     """The layers the manifest lists, which must be those the tensors were written for, in order."""
     with safe_open(path, framework="pt") as file:
         written = [tuple(entry) for entry in json.loads((file.metadata() or {}).get("layers", "[]"))]
@@ -478,6 +483,8 @@ def _layers(table: str, entries: Sequence[Mapping[str, Any]], path: Path) -> dic
     if len({name for name, _ in listed}) != len(listed):
         raise TableError(f"Table '{table}': its manifest lists a layer twice.")
     tensors = load_file(path)
+    if not mapped:
+        tensors = {field_name: tensor.clone() for field_name, tensor in tensors.items()}
     width = sum(channels for _, channels in listed)
     for field_name in _FIELDS:
         if field_name not in tensors and field_name != "normality_p":
