@@ -13,6 +13,7 @@ from parchgrad.errors import ParchGradError
 if TYPE_CHECKING:
     from parchgrad.attribution import ParchGrad
     from parchgrad.build import build_table
+    from parchgrad.client import AsyncClient, Client
     from parchgrad.explainer import Explainer, Explanation
     from parchgrad.models import Model, add_model, load_model
     from parchgrad.tables import SelectionTable, load_table
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "Explainer",
     "Explanation",
     "Model",
@@ -33,6 +36,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncClient": "client",
+    "Client": "client",
     "Explainer": "explainer",
     "Explanation": "explainer",
     "Model": "models",

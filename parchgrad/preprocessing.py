@@ -6,7 +6,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -136,7 +136,7 @@ class Preprocessing:
 
 
 def read_image(path: str | os.PathLike[str]) -> Image:
-    """An upright RGB image from a trusted local file; what a caller uploads goes through the service's decoder.
+    """An upright RGB image from a trusted local file, to the pixel what the service makes of it when it is uploaded.
 
     Raises DataError when Pillow cannot read it.
     """
@@ -148,20 +148,110 @@ def read_image(path: str | os.PathLike[str]) -> Image:
 
 
 def decode_image(data: bytes, name: str) -> Image:
-    """An upright RGB image from the bytes of a trusted file called `name`. Raises DataError."""
+    """An upright RGB image from the bytes of a trusted file called `name`: its first frame. Raises DataError."""
     import PIL.Image
-    from PIL import ImageOps
 
     try:
         with PIL.Image.open(io.BytesIO(data)) as file:
-            upright: Image = ImageOps.exif_transpose(file).convert("RGB")
+            tiff = file.format == "TIFF"  # Pillow turns it while loading, and forgets its orientation
+            file.load()
+            orientation = 1 if tiff else exif_orientation(file)
+            rgb = as_rgb(file, sixteen_bit=file.format == "PNG" and data[24:25] == b"\x10")
     except MemoryError:
         raise
     except Exception as error:  # a damaged header raises nearly anything: struct.error, AttributeError, TypeError ...
         # Pillow names a stream by its address in memory.
         reason = "it is no image Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise DataError(f"Image '{name}' cannot be read: {reason}.") from error
-    return upright
+    return turned_upright(rgb, orientation)
+
+
+ORIENTATION_TAG = 0x0112  # EXIF 2.32
+BACKGROUND = (255, 255, 255)  # what transparent pixels show: white, as most viewers and pages do
+STRIP_ROWS = 256
+
+
+def exif_orientation(image: Image) -> int:
+    """1..8; 1 where the image carries none or an invalid one. Of a PNG known only once its pixels are loaded."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels: the image is taken as it stands
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def turned_upright(image: Image, orientation: int) -> Image:
+    """The image with its EXIF orientation undone."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def as_rgb(image: Image, *, sixteen_bit: bool = False) -> Image:
+    """8-bit RGB of a loaded image; each mode gets the conversion that keeps what a viewer would show.
+
+    `sixteen_bit`: it comes from a PNG of 16 bits a sample. Raises ValueError for a mode of no known conversion.
+    """
+    mode, transparent = image.mode, image.info.get("transparency")
+    if mode.startswith("I") or mode == "F":
+        return _from_wide(image, transparent)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent is not None:
+        if sixteen_bit and isinstance(transparent, tuple):
+            # Pillow keeps the high byte of 16-bit samples but the whole of the transparent colour.
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+        return _on_background(image if mode == "RGBA" else image.convert("RGBA"))
+    return image if mode == "RGB" else image.convert("RGB")
+
+
+def _on_background(image: Image) -> Image:
+    import PIL.Image
+
+    flat = PIL.Image.new("RGB", image.size, BACKGROUND)
+    flat.paste(image, mask=image)
+    return flat
+
+
+def _from_wide(image: Image, transparent: object) -> Image:
+    """Grey of 16 bits, 32 bits or float -> RGB, in strips so that no second full-size array exists.
+
+    The full scale is the smallest of 1 (floats only), 255, 65535 and 2**31 - 1 that holds the largest sample: such
+    files do not say which it is. 16-bit files always mean 65535. Negative and not-a-number samples are black.
+    """
+    import PIL.Image
+
+    width, height = image.size
+    tops = range(0, height, STRIP_ROWS)
+
+    def strip(top: int) -> np.ndarray[Any, Any]:  # (rows, width)
+        return np.asarray(image.crop((0, top, width, min(top + STRIP_ROWS, height))))
+
+    if image.mode.startswith("I;16"):
+        full_scale = 65535.0
+    else:
+        largest = max(float(np.nanmax(strip(top), initial=0.0)) for top in tops)
+        scales = [1.0] * (image.mode == "F") + [255.0, 65535.0, 2.0**31 - 1]
+        fitting = [scale for scale in scales if largest <= scale]
+        if not fitting:
+            raise ValueError(f"samples up to {largest:g} have no known full scale")
+        full_scale = fitting[0]
+    grey = PIL.Image.new("L", image.size)
+    for top in tops:
+        samples = strip(top)
+        scaled = np.nan_to_num(samples.astype(np.float64)) * (255.0 / full_scale)
+        values = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        if isinstance(transparent, int):
+            values[samples == transparent] = BACKGROUND[0]
+        grey.paste(PIL.Image.fromarray(values), (0, top))
+    return grey.convert("RGB")
 
 
 def _resized_size(width: int, height: int, shorter: int) -> tuple[int, int]:

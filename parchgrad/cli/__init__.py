@@ -10,6 +10,7 @@ import click
 from parchgrad import __version__
 from parchgrad.cli.evaluate import evaluate
 from parchgrad.cli.explain import explain
+from parchgrad.cli.key import key_group
 from parchgrad.cli.model import model_group
 from parchgrad.cli.serve import serve
 from parchgrad.cli.table import table_group
@@ -45,5 +46,5 @@ def main() -> None:
         sys.exit(EXIT_DATA if isinstance(error, DataError) else 1)
 
 
-for command in (model_group, table_group, explain, evaluate, serve):
+for command in (model_group, table_group, explain, evaluate, serve, key_group):
     cli.add_command(command)

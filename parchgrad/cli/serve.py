@@ -11,7 +11,12 @@ import click
 
 @click.command("serve", context_settings={"ignore_unknown_options": True})
 @click.option("--port", type=int, default=3000, show_default=True)
-@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Any other address needs keys ('parchgrad key new NAME') or PARCHGRAD_ALLOW_ANONYMOUS=true.",
+)
 @click.argument("bentoml_arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(port: int, host: str, bentoml_arguments: tuple[str, ...]) -> None:
     """Serve over HTTP from the checkout (`bentoml serve`); further arguments go to bentoml."""
