@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint model figures lock clean
+.PHONY: help install demo serve test soak fuzz lint model figures lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,12 @@ serve: $(READY)  ## serve the bundled model on PORT (3000)
 
 test: $(READY) lint  ## lint, type-check and run the whole test suite
 	$(BIN)/python -m pytest
+
+soak: $(READY)  ## 20,000 mixed requests against a served model, memory and descriptors watched
+	$(BIN)/python -m benchmarks.soak --requests 20000
+
+fuzz: $(READY)  ## fuzz what reads callers' bytes, SECONDS_EACH (300) a target
+	$(BIN)/python -m fuzz all --seconds $(or $(SECONDS_EACH),300)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,42 +3,54 @@
 import base64
 import io
 import math
+import re
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
 
-from parchgrad import render
+from parchgrad import __version__, render
 from service import metrics
 from service.engine import Engine, Result
 from service.errors import ServiceError
 from service.pipeline import Outcome, best
 from service.schemas import (
+    DEFAULT_TOP_K,
+    AnyExplanation,
+    Dtype,
     ErrorBody,
     ExplainAnswer,
     ExplainResult,
     ExplanationAnswer,
     FailedAnswer,
+    ImageOptions,
+    MissingExplanation,
     ModelIdentity,
     PredictAnswer,
     Prediction,
     PredictResult,
     Quality,
     SaliencyMap,
+    Software,
     Transform,
 )
 
 if TYPE_CHECKING:
     from parchgrad.options import Options
+    from parchgrad.preprocessing import Placement
 
 JSON, PNG, NPZ = "application/json", "image/png", "application/x-npz"
 MEDIA_TYPES = (JSON, PNG, NPZ)
-DEFAULT_TOP_K = 5
 MAX_LIST_VALUES = 300_000  # one map of 512 x 512
 SMOOTH = 0.008  # of the picture's longer side: the map of single pixels is hard to see on a photograph
+_QUALITY = re.compile(r"0(\.[0-9]*)?|1(\.0*)?", re.ASCII)  # RFC 9110, 12.4.2
 
+# Of each method that averages over many points: the options that say over which.
+_OF_METHOD = {"integrated_gradients": ("steps",), "smoothgrad": ("samples", "noise", "noise_seed")}
+
+Clock = Callable[[], float]
 Array = np.ndarray[Any, Any]
 
 
@@ -64,17 +76,31 @@ def _quality(parameters: str) -> float:
     for parameter in parameters.split(";"):
         name, _, value = parameter.partition("=")
         if name.strip().lower() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
+            return float(value) if _QUALITY.fullmatch(value.strip()) else 0.0
     return 1.0
 
 
-def encode(engine: Engine, outcomes: Sequence[Outcome | ServiceError], media_type: str, *, explain: bool) -> bytes:
+def require_one_picture(asked: Sequence[ImageOptions]) -> None:
+    """Raises ServiceError(not_acceptable) unless image/png can answer what was asked: one map, whatever happens."""
+    if len(asked) > 1 or asked[0].top_targets not in (None, 1):
+        raise ServiceError("not_acceptable", "image/png answers one map of one image; use application/json.")
+    if asked[0].explain_when is not None:
+        raise ServiceError("not_acceptable", "image/png has no place for explain_when; use application/json.")
+
+
+def encode(
+    engine: Engine,
+    outcomes: Sequence[Outcome | ServiceError],
+    media_type: str,
+    *,
+    explain: bool,
+    request_id: str | None = None,
+    now: Clock = time.monotonic,
+) -> bytes:
     """A single image's error is raised; of several images, each has its own place in the answer.
 
-    So a request with several images, all of them bad, is answered 200 with an error for each.
+    So a request with several images, all of them bad, is answered 200 with an error for each. `now` is the clock of
+    the requests' deadlines: the event loop's. A picture whose time is up is not drawn.
     """
     start = time.perf_counter()
     errors = [one for one in outcomes if isinstance(one, ServiceError)]
@@ -82,12 +108,12 @@ def encode(engine: Engine, outcomes: Sequence[Outcome | ServiceError], media_typ
     if errors and (len(outcomes) == 1 or late):
         raise errors[0]
     if media_type == PNG:
-        content = _png(engine, outcomes[0])
+        content = _png(engine, outcomes[0], now)
     elif media_type == NPZ:
-        content = _npz(outcomes)
+        content = _npz(engine, outcomes)
     else:
         _check_lists(outcomes)
-        content = _json(engine, outcomes, explain)
+        content = _json(engine, outcomes, explain, request_id, now)
     metrics.render_seconds.observe(time.perf_counter() - start)
     return content
 
@@ -113,14 +139,35 @@ def identity(engine: Engine) -> ModelIdentity:
     )
 
 
-def _json(engine: Engine, outcomes: Sequence[Outcome | ServiceError], explain: bool) -> bytes:
-    def result(outcome: Outcome | ServiceError) -> Any:
+def software(engine: Engine) -> Software:
+    import torch
+
+    return Software(parchgrad=__version__, runtime=f"torch {torch.__version__}", device=str(engine.explainer.device))
+
+
+def _json(
+    engine: Engine, outcomes: Sequence[Outcome | ServiceError], explain: bool, request_id: str | None, now: Clock
+) -> bytes:
+    answer = (ExplainAnswer if explain else PredictAnswer)(
+        model=identity(engine),
+        software=software(engine),
+        request_id=request_id,
+        results=results(engine, outcomes, explain=explain, now=now),
+    )
+    return answer.model_dump_json(exclude_none=True).encode()
+
+
+def results(
+    engine: Engine, outcomes: Sequence[Outcome | ServiceError], *, explain: bool, now: Clock = time.monotonic
+) -> list[Any]:
+    """One PredictResult, ExplainResult (with `explain`) or FailedAnswer an outcome; `now` as in `encode`."""
+
+    def result(outcome: Outcome | ServiceError) -> PredictResult | FailedAnswer:
         if isinstance(outcome, ServiceError):
             return _failed(outcome)
-        return _explained(engine, outcome) if explain else PredictResult(predictions=_predictions(engine, outcome))
+        return _explained(engine, outcome, now) if explain else _predicted(engine, outcome)
 
-    answer = (ExplainAnswer if explain else PredictAnswer)(model=identity(engine), results=list(map(result, outcomes)))
-    return answer.model_dump_json(exclude_none=True).encode()
+    return list(map(result, outcomes))
 
 
 def _failed(error: ServiceError) -> FailedAnswer:
@@ -137,41 +184,68 @@ def _prediction(engine: Engine, result: Result, index: int) -> Prediction:
     return Prediction(index=index, label=engine.model.labels[index], probability=float(result.probabilities[index]))
 
 
-def _explained(engine: Engine, outcome: Outcome) -> ExplainResult:
-    maps = [_explanation(engine, outcome, result) for result in outcome.results]
-    predictions = _predictions(engine, outcome)
-    if outcome.request.asked.top_targets:
-        return ExplainResult(predictions=predictions, explanations=maps)
-    return ExplainResult(predictions=predictions, explanation=maps[0])
+def _predicted(engine: Engine, outcome: Outcome) -> PredictResult:
+    return PredictResult(image_sha256=outcome.prepared.sha256, predictions=_predictions(engine, outcome))
 
 
-def _explanation(engine: Engine, outcome: Outcome, result: Result) -> ExplanationAnswer | FailedAnswer:
+def _explained(engine: Engine, outcome: Outcome, now: Clock) -> ExplainResult:
+    maps: list[AnyExplanation]
+    if outcome.missing is not None:
+        maps = [MissingExplanation(status=outcome.missing.status, reason=outcome.missing.reason)]
+    else:
+        maps = [_explanation(engine, outcome, result, now) for result in outcome.results]
+    many = outcome.request.asked.top_targets
+    return ExplainResult(
+        image_sha256=outcome.prepared.sha256,
+        predictions=_predictions(engine, outcome),
+        explanation=None if many else maps[0],
+        explanations=maps if many else None,
+    )
+
+
+def _explanation(engine: Engine, outcome: Outcome, result: Result, now: Clock) -> AnyExplanation:
     from parchgrad.evaluation.maps import gini
 
-    if error := _map_error(engine, result):
+    if error := map_error(engine, result):
         return _failed(error)
+    options, asked = outcome.request.options, outcome.request.asked
+    if asked.saliency == "png" and _is_late(outcome, now):
+        return MissingExplanation(status="timeout", reason=_late_reason(outcome))
     assert result.saliency is not None
-    options, asked, prepared = outcome.request.options, outcome.request.asked, outcome.prepared
     assert options is not None  # results with a map come from requests to explain
     return ExplanationAnswer(
         target=_prediction(engine, result, result.target),
-        **_effective(options),
+        **effective_options(options),
         polarity=asked.polarity,
         saliency=_saliency(outcome, result.saliency),
-        transform=Transform(
-            original_size=prepared.placement.original_size,
-            exif_orientation=prepared.orientation,
-            crop_box=prepared.placement.crop_box,
-        ),
+        transform=_transform(outcome.prepared.placement, outcome.prepared.orientation),
         quality=Quality(gini=_or_none(gini(result.saliency)), identity_layers=result.identity_layers),
     )
+
+
+def _is_late(outcome: Outcome, now: Clock) -> bool:
+    """Whether it is too late to draw: past the map's deadline where the caller named one, else past the image's."""
+    request = outcome.request
+    return now() >= (request.deadline if request.asked.explain_timeout_ms is None else request.map_deadline)
+
+
+def _late_reason(outcome: Outcome) -> str:
+    name = "timeout_ms" if outcome.request.asked.explain_timeout_ms is None else "explain_timeout_ms"
+    return f"The map was made, and not drawn within {name}."
+
+
+def _transform(placement: "Placement | None", orientation: int) -> Transform | None:
+    if placement is None:
+        return None
+    return Transform(original_size=placement.original_size, exif_orientation=orientation, crop_box=placement.crop_box)
 
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value  # JSON has no NaN
 
 
-def _effective(options: "Options") -> dict[str, Any]:
+def effective_options(options: "Options") -> dict[str, Any]:
+    """Every option that took part in a map, as JSON has it."""
     quantile = options.quantile if isinstance(options.quantile, float | int) else dict(options.quantile)
     return {
         "method": options.method,
@@ -182,11 +256,13 @@ def _effective(options: "Options") -> dict[str, Any]:
         "selection": options.selection,
         "conserve": options.conserve,
         "layers": list(options.layers),
+        "normality_filter": options.normality_filter,
         "seed": options.seed,
+        **{name: getattr(options, name) for name in _OF_METHOD.get(options.method, ())},
     }
 
 
-def _map_error(engine: Engine, result: Result) -> ServiceError | None:
+def map_error(engine: Engine, result: Result) -> ServiceError | None:
     """Why there is no map to answer with, if there is none."""
     if result.saliency is None:
         table, label = engine.table, engine.model.labels[result.target]
@@ -213,7 +289,7 @@ def _saliency(outcome: Outcome, values: Array) -> SaliencyMap | None:
         return SaliencyMap(shape=shape, dtype="float32", scale=1.0, encoding="list", data=values.tolist())
     array, scale = quantised(values, encoding)
     data = base64.b64encode(array.tobytes()).decode()
-    return SaliencyMap(shape=shape, dtype=encoding, scale=scale, encoding="base64", data=data)
+    return SaliencyMap(shape=shape, dtype=cast(Dtype, encoding), scale=scale, encoding="base64", data=data)
 
 
 def quantised(values: Array, dtype: str) -> tuple[Array, float]:
@@ -226,10 +302,14 @@ def quantised(values: Array, dtype: str) -> tuple[Array, float]:
     return np.rint(values / largest * 255).astype(np.uint8), largest / 255
 
 
-def _png(engine: Engine, outcome: Outcome | ServiceError) -> bytes:
+def _png(engine: Engine, outcome: Outcome | ServiceError, now: Clock) -> bytes:
     assert isinstance(outcome, Outcome)  # a single image's error was raised before
-    if error := _map_error(engine, outcome.first):
+    if missing := outcome.missing:
+        raise ServiceError("map_shed" if missing.status == "shed" else "deadline_exceeded", missing.reason)
+    if error := map_error(engine, outcome.first):
         raise error
+    if _is_late(outcome, now):
+        raise ServiceError("deadline_exceeded", _late_reason(outcome))
     assert outcome.first.saliency is not None
     return render.png(_picture(outcome, outcome.first.saliency))
 
@@ -247,10 +327,11 @@ def _picture(outcome: Outcome, values: Array) -> Array:
         clip_lower=drawing.clip_lower,
         clip_upper=drawing.clip_upper,
         smooth=SMOOTH * max(backdrop.size),
+        outline=drawing.outline,
     )
 
 
-def _npz(outcomes: Sequence[Outcome | ServiceError]) -> bytes:
+def _npz(engine: Engine, outcomes: Sequence[Outcome | ServiceError]) -> bytes:
     """Arrays named `<what>_<image>`; an image that failed has only `error_<image>`, a string."""
     arrays: dict[str, Any] = {}
     for i, outcome in enumerate(outcomes):
@@ -259,16 +340,25 @@ def _npz(outcomes: Sequence[Outcome | ServiceError]) -> bytes:
             continue
         arrays[f"logits_{i}"] = outcome.first.logits
         arrays[f"probabilities_{i}"] = outcome.first.probabilities
-        if outcome.request.options is None:
-            continue
-        maps = [_map_or_nan(outcome, result) for result in outcome.results]
-        many = bool(outcome.request.asked.top_targets)
-        arrays[f"saliency_{i}"] = np.stack(maps) if many else maps[0]  # (h, w), or (k, h, w) for top:k
-        targets = np.array([result.target for result in outcome.results], dtype=np.int64)
-        arrays[f"target_{i}"] = targets if many else targets[0]
+        if outcome.missing is not None:
+            arrays[f"status_{i}"] = np.array(outcome.missing.status)
+        elif outcome.request.options is not None:
+            maps = _map_arrays(engine, outcome)
+            many = bool(outcome.request.asked.top_targets)
+            arrays |= {f"{name}_{i}": array if many else array[0] for name, array in maps.items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
+
+
+def _map_arrays(engine: Engine, outcome: Outcome) -> dict[str, Array]:
+    """`saliency` (k, h, w), `target` (k,) and `status` (k,), `ok` or `error`, of an image's k maps."""
+    results = outcome.results
+    return {
+        "saliency": np.stack([_map_or_nan(outcome, result) for result in results]),
+        "target": np.array([result.target for result in results], dtype=np.int64),
+        "status": np.array(["error" if map_error(engine, result) else "ok" for result in results]),
+    }
 
 
 def _map_or_nan(outcome: Outcome, result: Result) -> Array:

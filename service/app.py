@@ -19,13 +19,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import metrics, native, openapi, protocol
+from service import admin, metrics, native, openapi
 from service.errors import LIBRARY_CODES, ServiceError, from_exception
+from service.protocols import v1, v2
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("bentoml.parchgrad.access")  # beneath BentoML's logger, which has the handlers
 
 BENTOML_ROUTES = ("/livez", "/readyz", "/healthz")
+PROTOCOL_PATHS = ("/v2", "/v1")
 OTHER = "other"  # route label of every path that is none of ours: callers choose paths
 
 # Statuses that Starlette and BentoML answer by themselves, as plain text.
@@ -34,7 +36,7 @@ _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 503: "not_ready"
 
 def error_body(path: str, error: ServiceError) -> dict[str, Any]:
     """The native form, or the Open Inference Protocol's on its paths."""
-    if path == protocol.PREFIX or path.startswith(protocol.PREFIX + "/"):
+    if path in PROTOCOL_PATHS or path.startswith(tuple(f"{prefix}/" for prefix in PROTOCOL_PATHS)):
         return {"error": error.message}
     return {"error": {"code": error.code, "message": error.message}}
 
@@ -66,7 +68,7 @@ def create_app() -> Starlette:
     """All our routes. Whoever serves it sets `app.state.pipeline` before the first request."""
     handlers: dict[Any, Any] = {HTTPException: _on_http_exception, ServiceError: _on_error}
     handlers |= {kind: _on_error for kind, _ in LIBRARY_CODES}
-    routes: list[BaseRoute] = [*native.ROUTES, *protocol.ROUTES]
+    routes: list[BaseRoute] = [*native.ROUTES, *v2.ROUTES, *v1.ROUTES, *admin.ROUTES]
     routes.append(Route("/docs.json", openapi.view, methods=["GET"]))
     return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -81,7 +83,8 @@ class Envelope:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         route, start = self._template(scope), time.perf_counter()
-        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        ident = request_id(Headers(scope=scope).get("x-request-id", ""))
+        scope.setdefault("state", {}).update(request_id=ident, route=route)
         status = 500
         unread = _has_body(Headers(scope=scope))
         replacement: bytes | None = None  # the body to send instead of a plain-text error's
@@ -102,7 +105,7 @@ class Envelope:
                     del headers["location"]
                     headers["content-type"] = "text/plain"
                 status = message["status"]
-                headers["X-Request-Id"] = request_id
+                headers["X-Request-Id"] = ident
                 if unread:  # uvicorn would read, and throw away, whatever the caller goes on sending
                     headers["Connection"] = "close"
                 if status >= 400 and headers.get("content-type", "").startswith("text/plain"):
@@ -122,14 +125,14 @@ class Envelope:
             await self._app(scope, received, enveloped)
         except Exception:
             # Starlette has answered 500 and raised on; raising further would make uvicorn close the connection.
-            log.exception("Request %s failed for a reason of ours.", request_id)
+            log.exception("Request %s failed for a reason of ours.", ident)
         finally:
             metrics.in_flight.dec()
             metrics.requests.labels(route, str(status)).inc()
             seconds = time.perf_counter() - start
             metrics.request_seconds.labels(route).observe(seconds)
             # %r: what a caller sends must not begin a line of its own.
-            access_log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status, 1000 * seconds, request_id)
+            access_log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status, 1000 * seconds, ident)
 
     def _template(self, scope: Scope) -> str:
         if scope["path"] in BENTOML_ROUTES:
@@ -144,5 +147,6 @@ def _has_body(headers: Headers) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
-def _request_id(given: str) -> str:
+def request_id(given: str) -> str:
+    """The id a caller gave, or a new one where it gave none that may stand in a header and a log."""
     return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex

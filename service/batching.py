@@ -42,7 +42,8 @@ class Batcher(Generic[Job, Result]):
 
     Jobs of one batch share `group(job)`, which returns (kind, ...): the kind labels the metrics. `capacity(job)`
     is how many of its group fit in one batch. A batch that raises, or answers too few or too many results, is run
-    again one by one, so that only the job at fault fails.
+    again one by one, so that only the job at fault fails; one that raises `OutOfMemory` is halved once, as all of
+    its jobs are at fault together.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Batcher(Generic[Job, Result]):
         capacity: Callable[[Job], int],
         max_queue: int,
         max_delay: float = 0.0,
+        out_of_memory: type[Exception] = MemoryError,
     ) -> None:
         self._run, self._group, self._executor = run, group, executor
         self._capacity, self._max_queue, self._max_delay = capacity, max_queue, max_delay
+        self._out_of_memory = out_of_memory
         self._queue: deque[_Entry[Job, Result]] = deque()
         self._filled = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -73,7 +76,7 @@ class Batcher(Generic[Job, Result]):
             self._worker = loop.create_task(self._work())
         entry = _Entry(job, deadline, loop.time(), loop.create_future())
         self._queue.append(entry)
-        metrics.queue_depth.set(len(self._queue))
+        metrics.queue_depth.inc()
         self._filled.set()
         try:
             async with asyncio.timeout_at(deadline):
@@ -89,6 +92,7 @@ class Batcher(Generic[Job, Result]):
             await asyncio.gather(self._worker, return_exceptions=True)
         for entry in self._queue:
             entry.result.cancel()
+        metrics.queue_depth.dec(len(self._queue))
         self._queue.clear()
 
     async def _work(self) -> None:
@@ -115,8 +119,8 @@ class Batcher(Generic[Job, Result]):
                 batch.append(entry)
             else:
                 others.append(entry)
+        metrics.queue_depth.dec(len(self._queue) - len(others))
         self._queue = others
-        metrics.queue_depth.set(len(others))
         if not others:
             self._filled.clear()
         return batch
@@ -125,21 +129,35 @@ class Batcher(Generic[Job, Result]):
         kind = self._group(batch[0].job)[0]
         for entry in batch:
             metrics.queue_seconds.labels(kind).observe(asyncio.get_running_loop().time() - entry.queued)
+        await self._compute(kind, batch, may_halve=True)
+
+    async def _compute(self, kind: str, batch: Sequence[_Entry[Job, Result]], *, may_halve: bool) -> None:
+        """Run the entries somebody still waits for, and give each its result or its own error."""
+        batch = [entry for entry in batch if not entry.result.done()]
+        if not batch:
+            return
         try:
             results = await self._on_device(kind, [entry.job for entry in batch])
+        except self._out_of_memory as error:
+            log.warning("A batch of %d had no memory%s.", len(batch), "; halved" if may_halve else "")
+            metrics.out_of_memory.labels(kind).inc()
+            if not may_halve:
+                _fail(batch, error)
+                return
+            middle = (len(batch) + 1) // 2
+            for half in (batch[:middle], batch[middle:]):
+                await self._compute(kind, half, may_halve=False)
         except Exception as error:
             if len(batch) == 1:
-                if not batch[0].result.done():
-                    batch[0].result.set_exception(error)
+                _fail(batch, error)
                 return
             log.warning("A batch of %d failed (%r); its items run one by one.", len(batch), error)
             for entry in batch:
+                await self._compute(kind, [entry], may_halve=may_halve)
+        else:
+            for entry, result in zip(batch, results, strict=True):
                 if not entry.result.done():
-                    await self._answer([entry])
-            return
-        for entry, result in zip(batch, results, strict=True):
-            if not entry.result.done():
-                entry.result.set_result(result)
+                    entry.result.set_result(result)
 
     async def _on_device(self, kind: str, jobs: Sequence[Job]) -> Sequence[Result]:
         def timed() -> Sequence[Result]:
@@ -153,3 +171,9 @@ class Batcher(Generic[Job, Result]):
         if len(results) != len(jobs):
             raise RuntimeError(f"The device answered {len(results)} results for {len(jobs)} items.")
         return results
+
+
+def _fail(batch: Sequence[_Entry[Job, Result]], error: Exception) -> None:
+    for entry in batch:
+        if not entry.result.done():
+            entry.result.set_exception(error)

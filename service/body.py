@@ -1,18 +1,26 @@
-"""An HTTP request's body -> encoded images and option fields, read within limits. Knows no option and no codec."""
+"""An HTTP request's body -> encoded images and option fields, read within limits. Knows no option and no codec.
 
-from collections.abc import AsyncGenerator
+Limits of bytes hold before anything is kept, and one of time: a body that trickles in is given up.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
-from typing import IO
+from typing import IO, Any
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import ServiceError
+from service.settings import Settings
 
 MAX_FIELDS = 2000
 MAX_FIELD_BYTES = 4096
+SLACK_BYTES = 65_536
 SPOOL_BYTES = 1_048_576  # larger images wait on disk, not in memory, for their turn to be decoded
 RAW_TYPES = ("image/", "application/octet-stream")
 
@@ -31,33 +39,111 @@ class Upload:
             image.close()
 
 
-async def read_upload(request: Request, max_images: int, max_body_bytes: int) -> Upload:
+async def read_upload(request: Request, settings: Settings) -> Upload:
     """Read a multipart body, or one raw image; query parameters become fields. Raises ServiceError."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    _check_encoding(request)
+    async with _deadline(settings):
+        if content_type == "multipart/form-data":
+            body = _limited(request, settings.max_body_bytes)
+            images, fields = await _multipart(request, body, settings.max_images)
+        elif content_type.startswith(RAW_TYPES):
+            # A little more than one image, so that one just too large is told its limit by name.
+            images, fields = [await _raw(_limited(request, settings.max_image_bytes + SLACK_BYTES))], {}
+        else:
+            raise ServiceError(
+                "content_type_unsupported",
+                f"Content-Type is {content_type[:64]!r}; expected multipart/form-data with 'image' files, or image/*.",
+            )
+    upload = Upload(images, {})
+    try:
+        upload = Upload(images, _merged(request, fields))
+        if not images:
+            raise ServiceError("no_image", "The request carries no file part named 'image'.")
+    except ServiceError:
+        upload.close()
+        raise
+    return upload
+
+
+class BodyMemory:
+    """The bytes of bodies that one worker keeps in memory at once, of all requests together. Files go to disk."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = self._limit = limit
+
+    @contextmanager
+    def share(self) -> Iterator["BodyShare"]:
+        """One request's part of it, given back at the end."""
+        share = BodyShare(self)
+        try:
+            yield share
+        finally:
+            self._free += share.held
+
+    def take(self, size: int) -> None:
+        """Raises ServiceError(queue_full)."""
+        if size > self._free:
+            raise ServiceError("queue_full", f"Other requests fill the {self._limit} bytes there are for bodies.")
+        self._free -= size
+
+
+class BodyShare:
+    """What one request holds of a BodyMemory."""
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        self._memory.take(size)
+        self.held += size
+
+
+async def read_bytes(request: Request, limit: int, settings: Settings, share: BodyShare | None = None) -> bytearray:
+    """The whole body, of at most `limit` bytes, each of them counted in `share`. Raises ServiceError."""
+    _check_encoding(request)
+    content = bytearray()
+    async with _deadline(settings):
+        async for chunk in _limited(request, limit):
+            if share is not None:
+                share.take(len(chunk))
+            content += chunk
+    return content
+
+
+async def read_json(request: Request, limit: int, settings: Settings) -> Any:
+    """The body as JSON, of at most `limit` bytes; no body at all is an empty object. Raises ServiceError."""
+    content = await read_bytes(request, limit, settings)
+    try:
+        return json.loads(content) if content else {}
+    except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8, and of numbers of 5000 digits
+        raise ServiceError("malformed_request", f"The body is not JSON: {error}.") from None
+
+
+def _check_encoding(request: Request) -> None:
+    """Compressed bodies are refused: they can be small and hold anything, and images are compressed as they are."""
     encodings = ",".join(request.headers.getlist("content-encoding")) or "identity"
     if encodings.lower() != "identity":
-        raise ServiceError("content_type_unsupported", "Content-Encoding is not supported; send the image as it is.")
-    body = _limited(request, max_body_bytes)
-    if content_type == "multipart/form-data":
-        images, fields = await _multipart(request, body, max_images)
-    elif content_type.startswith(RAW_TYPES):
-        images, fields = [await _raw(body)], {}
-    else:
-        raise ServiceError(
-            "content_type_unsupported",
-            f"Content-Type is {content_type!r}; expected multipart/form-data with 'image' files, or image/*.",
-        )
-    upload = Upload(images, _merged(request, fields))
-    if not images:
-        raise ServiceError("no_image", "The request carries no file part named 'image'.")
-    return upload
+        raise ServiceError("content_type_unsupported", "Content-Encoding is not supported; send the body as it is.")
+
+
+@asynccontextmanager
+async def _deadline(settings: Settings) -> AsyncGenerator[None, None]:
+    milliseconds = settings.body_timeout_ms
+    try:
+        async with asyncio.timeout(milliseconds / 1000):
+            yield
+    except TimeoutError:
+        raise ServiceError("deadline_exceeded", f"The body did not arrive in {milliseconds} ms.") from None
 
 
 async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body's chunks; stops the caller as soon as they, or the length declared for them, pass `limit` bytes."""
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise ServiceError("body_too_large", f"The body has {declared} bytes; at most {limit} are accepted.")
+    # More digits than any limit has: int() refuses thousands of them.
+    if declared.isdecimal() and (len(declared) > 19 or int(declared) > limit):
+        raise ServiceError("body_too_large", f"The body has {declared[:20]} bytes; at most {limit} are accepted.")
     received = 0
     try:
         async for chunk in request.stream():

@@ -1,6 +1,6 @@
 """The model as the service runs it: load, self-test, and one call for a batch of jobs. Nothing here is asynchronous.
 
-All of it runs in the device thread; torch is imported when the engine is made, never when this module is.
+All of it runs in threads of its own; torch is imported when the engine is made, never when this module is.
 """
 
 from __future__ import annotations
@@ -62,20 +62,28 @@ class Result:
     identity_layers: int = 0
 
 
-class Engine:
-    """One loaded model and its table. Raises what the library raises when either is not right."""
+class DeviceMemoryError(Exception):
+    """The device has not the memory for this batch; a smaller one may fit."""
 
-    def __init__(self, settings: Settings) -> None:
+
+class Engine:
+    """One version of a model and its table. Raises what the library raises when either is not right."""
+
+    def __init__(self, settings: Settings, name: str, version: str) -> None:
         import torch
 
         import parchgrad
+        from parchgrad.errors import ModelError
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.model = parchgrad.load_model(settings.models_dir / settings.model)
-        self.table = parchgrad.load_table(settings.tables_dir / settings.model, self.model)
+        self.model = parchgrad.load_model(settings.models_dir / name / version)
+        if self.model.name != name:
+            raise ModelError(f"Model folder '{name}/{version}' holds model '{self.model.name}', expected '{name}'.")
+        table = settings.tables_dir / name / version
+        self.table = parchgrad.load_table(table, self.model, mapped=settings.map_tables)
         self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device)
-        self._max_batch, self._max_batch_pixels = settings.max_batch, settings.max_batch_pixels
+        self._max_batch, self._max_batch_pixels = settings.max_batch, settings.batch_pixels
 
     def self_test(self) -> None:
         """Explain the golden image and compare. Raises parchgrad.errors.GoldenError."""
@@ -102,7 +110,18 @@ class Engine:
         return options
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
-        """Results in the order of `jobs`, which share one group."""
+        """Results in the order of `jobs`, which share one group. Raises DeviceMemoryError."""
+        try:
+            return self._run(jobs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = f"The device has not the memory for {len(jobs)} images."
+        # Outside the handler: the exception's frames hold the tensors that are to be given back.
+        _release_cached_memory()
+        raise DeviceMemoryError(message)
+
+    def _run(self, jobs: Sequence[Job]) -> list[Result]:
         import torch
 
         images = torch.stack([job.tensor for job in jobs])
@@ -134,3 +153,18 @@ class Engine:
             )
             for i in range(len(jobs))
         ]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory, on the device or beside it."""
+    import torch
+
+    # The CPU's allocator has no class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _release_cached_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

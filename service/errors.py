@@ -9,11 +9,14 @@ STATUS = {
     "image_empty": 400,
     "image_truncated": 400,
     "image_corrupt": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "unknown_model": 404,
     "unknown_version": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,
+    "load_failed": 409,
     "body_too_large": 413,
     "too_many_images": 413,
     "image_too_many_bytes": 413,
@@ -28,9 +31,13 @@ STATUS = {
     "target_not_in_table": 422,
     "map_not_finite": 422,
     "queue_full": 429,
+    "rate_limited": 429,
     "client_closed_request": 499,  # nobody reads it; the number is nginx's, and the metric counts it
     "internal": 500,
     "not_ready": 503,
+    "map_shed": 503,
+    "out_of_memory": 503,
+    "audit_unavailable": 503,
     "deadline_exceeded": 504,
 }
 
@@ -47,17 +54,18 @@ RETRY_AFTER_SECONDS = 1
 class ServiceError(Exception):
     """What a caller is told: a code of `STATUS` and one sentence."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, retry_after: int = RETRY_AFTER_SECONDS) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.status = STATUS[code]
+        self.retry_after = retry_after  # seconds, said with 429 and 503
 
     @property
     def headers(self) -> dict[str, str]:
         if self.code in ("body_too_large", "too_many_images"):
             return {"Connection": "close"}  # else the server would read the rest of the body, however long
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status in (429, 503) else {}
+        return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 
 def from_exception(error: Exception) -> ServiceError:

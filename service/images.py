@@ -7,12 +7,12 @@ classes are called directly, because `Image.open` would apply the first of them 
 
 import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 
-import numpy as np
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -21,31 +21,36 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-ORIENTATION_TAG = 0x0112
-BACKGROUND = (255, 255, 255)  # what transparent pixels show: white, as most viewers and pages do
+from parchgrad.preprocessing import as_rgb, exif_orientation, turned_upright
+
 PILLOW_WARNS_ABOVE = 89_478_485  # pixels; a higher limit of ours would meet Pillow's own
 MAX_JPEG_SCANS = 100  # a progressive JPEG needs about ten; each scan costs a pass over the whole image
-STRIP_ROWS = 256
+
+# Pillow warns of every damaged tag and large size, and Python would remember every text a hostile file makes it say.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class _StillGif(GifImageFile):
+    """Only the first frame is shown, so none is disposed of: Pillow would fill one while it reads the header."""
+
+    @property
+    def disposal_method(self) -> int:
+        return 0
+
+    @disposal_method.setter
+    def disposal_method(self, asked: int) -> None:
+        pass
+
 
 _OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "jpeg": JpegImageFile,
     "png": PngImageFile,
-    "gif": GifImageFile,
+    "gif": _StillGif,
     "webp": WebPImageFile,
     "bmp": BmpImageFile,
     "tiff": TiffImageFile,
 }
 FORMATS = tuple(_OPENERS)
-
-_UPRIGHT = {  # EXIF orientation -> what makes it upright (EXIF 2.32, tag 0x0112)
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(Exception):
@@ -118,14 +123,13 @@ class EncodedImage:
             raise ValueError("An EncodedImage is decoded once.")
         with _codec_errors(self.format):
             if tiff := self.format == "tiff":
-                orientation = _orientation(opened)  # loading turns a TIFF upright and forgets its orientation
+                orientation = exif_orientation(opened)  # loading turns a TIFF upright and forgets its orientation
             opened.load()
             if not tiff:
-                orientation = _orientation(opened)  # only now: a PNG's eXIf chunk may follow the pixels
+                orientation = exif_orientation(opened)  # only now: a PNG's eXIf chunk may follow the pixels
             image = _rgb(opened, self._sixteen_bit)
             del opened  # its pixels are not needed beside the two copies that turning takes
-            turn = None if tiff else _UPRIGHT.get(orientation)
-            return Picture(image.transpose(turn) if turn is not None else image, orientation, self.format)
+            return Picture(image if tiff else turned_upright(image, orientation), orientation, self.format)
 
 
 def inspect(data: bytes, limits: ImageLimits) -> EncodedImage:
@@ -208,6 +212,8 @@ def _codec_errors(format: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # a GIF whose first frame passes its screen, before we see its size
+        raise ImageError("image_too_many_pixels", f"The {format} has more pixels than are accepted.") from error
     # Pillow's plug-ins raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, TypeError, ...
     # on damaged files, and promise no list; every one of them here means the same: the file is at fault.
     except Exception as error:
@@ -222,65 +228,9 @@ def _codec_errors(format: str) -> Iterator[None]:
         raise ImageError(code, f"The {format} {what}: {reason}.") from error
 
 
-def _orientation(opened: Image.Image) -> int:
-    try:
-        value = opened.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels: the image is taken as it stands
-        return 1
-    return value if value in range(1, 9) else 1
-
-
 def _rgb(opened: Image.Image, sixteen_bit: bool) -> Image.Image:
-    """8-bit RGB of a loaded image; each mode gets the conversion that keeps what a viewer would show."""
-    mode, transparent = opened.mode, opened.info.get("transparency")
-    if mode.startswith("I") or mode == "F":
-        return _from_wide(opened, transparent)
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent is not None:
-        if sixteen_bit and isinstance(transparent, tuple):
-            # Pillow keeps the high byte of 16-bit samples but the whole of the transparent colour.
-            opened.info["transparency"] = tuple(value >> 8 for value in transparent)
-        return _on_background(opened if mode == "RGBA" else opened.convert("RGBA"))
-    if mode == "RGB":
-        return opened
+    """The library's conversion, so that what is explained here can be made again there."""
     try:
-        return opened.convert("RGB")
+        return as_rgb(opened, sixteen_bit=sixteen_bit)
     except ValueError as error:
-        raise ImageError("image_unsupported", f"Colour mode {mode} is not supported.") from error
-
-
-def _on_background(image: Image.Image) -> Image.Image:
-    flat = Image.new("RGB", image.size, BACKGROUND)
-    flat.paste(image, mask=image)
-    return flat
-
-
-def _from_wide(opened: Image.Image, transparent: object) -> Image.Image:
-    """Grey of 16 bits, 32 bits or float -> RGB, in strips so that no second full-size array exists.
-
-    The full scale is the smallest of 1 (floats only), 255, 65535 and 2**31 - 1 that holds the largest sample: such
-    files do not say which it is. 16-bit files always mean 65535. Negative and not-a-number samples are black.
-    """
-    width, height = opened.size
-    tops = range(0, height, STRIP_ROWS)
-
-    def strip(top: int) -> np.ndarray:  # (rows, width)
-        return np.asarray(opened.crop((0, top, width, min(top + STRIP_ROWS, height))))
-
-    if opened.mode.startswith("I;16"):
-        full_scale = 65535.0
-    else:
-        largest = max(float(np.nanmax(strip(top), initial=0.0)) for top in tops)
-        scales = [1.0] * (opened.mode == "F") + [255.0, 65535.0, 2.0**31 - 1]
-        fitting = [scale for scale in scales if largest <= scale]
-        if not fitting:
-            raise ImageError("image_unsupported", f"Samples up to {largest:g} have no known full scale.")
-        full_scale = fitting[0]
-    grey = Image.new("L", opened.size)
-    for top in tops:
-        samples = strip(top)
-        scaled = np.nan_to_num(samples.astype(np.float64)) * (255.0 / full_scale)
-        values = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-        if isinstance(transparent, int):
-            values[samples == transparent] = BACKGROUND[0]
-        grey.paste(Image.fromarray(values), (0, top))
-    return grey.convert("RGB")
+        raise ImageError("image_unsupported", f"Colour mode {opened.mode} is not supported: {error}.") from error

@@ -36,6 +36,19 @@ queue_seconds = Histogram("parchgrad_queue_seconds", "One image's wait for the d
 device_seconds = Histogram("parchgrad_device_seconds", "One batch on the device.", ["kind"], buckets=SECONDS)
 render_seconds = Histogram("parchgrad_render_seconds", "Results of one request to its answer's bytes.", buckets=SECONDS)
 batch_images = Histogram("parchgrad_batch_images", "Images in one device call.", ["kind"], buckets=IMAGES)
+out_of_memory = Counter("parchgrad_out_of_memory", "Batches the device had no memory for.", ["kind"])
+maps_missing = Counter(
+    "parchgrad_maps_missing", "Images answered with a prediction and no map: skipped, shed or timeout.", ["status"]
+)
+audit_lost = Counter(
+    "parchgrad_audit_lost", "Lines of the audit log that could not be written while their answers went out."
+)
+loop_lag_seconds = Histogram(
+    "parchgrad_loop_lag_seconds", "How late the event loop wakes a task that sleeps 10 ms.", buckets=SECONDS
+)
+admitted = Gauge(
+    "parchgrad_admitted_images", "Images and maps admitted and not yet answered.", multiprocess_mode="livesum"
+)
 queue_depth = Gauge("parchgrad_queue_depth_images", "Images waiting for the device.", multiprocess_mode="livesum")
 in_flight = Gauge("parchgrad_in_flight_requests", "Requests being answered.", multiprocess_mode="livesum")
 ready = Gauge("parchgrad_ready_workers", "Workers whose golden image matched.", multiprocess_mode="livesum")
@@ -47,6 +60,12 @@ model_info = Gauge(
 )
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+def workers_folder() -> Path | None:
+    """The folder that the workers of one service share, emptied when it starts; None outside `bentoml serve`."""
+    folder = os.environ.get(MULTIPROCESS_DIR)
+    return Path(folder) if folder else None
 
 
 def exposition() -> bytes:
@@ -63,8 +82,8 @@ def forget_dead_workers() -> None:
 
     Called when a worker starts: the supervisor replaces a killed worker, and nobody else tidies up after it.
     """
-    folder = os.environ.get(MULTIPROCESS_DIR)
-    for file in Path(folder).glob("gauge_live*_*.db") if folder else ():
+    folder = workers_folder()
+    for file in folder.glob("gauge_live*_*.db") if folder else ():
         owner = re.search(r"_(\d+)\.db$", file.name)
         if owner and not Path("/proc", owner[1]).exists() and Path("/proc").exists():
             file.unlink(missing_ok=True)

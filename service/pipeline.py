@@ -1,25 +1,33 @@
 """The one path of data: encoded image -> tensor -> batch -> result. Every route, native or protocol, calls it.
 
-Decoding has threads of its own under a pixel budget, the device one thread, and neither ever blocks the event loop.
+Decoding has threads of its own under a pixel budget, predictions and maps one each, and none ever blocks the event
+loop. A prediction is answered even where its map is not: the caller asked for it on a condition, the queue is too
+long, or the map would come too late.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal, TypeAlias, cast
 
 import numpy as np
-from PIL.Image import Image, Resampling
+from PIL.Image import Image as Pixels
+from PIL.Image import Resampling
 
 from parchgrad.render import REDUCTION_OF_POLARITY
 from service import images, metrics
-from service.batching import Batcher, DeadlineError, QueueFullError
-from service.engine import PREDICTED, Engine, Explained, Job, Result
+from service.audit import Audit
+from service.batching import DeadlineError, QueueFullError
+from service.body import BodyMemory
+from service.engine import PREDICTED, DeviceMemoryError, Explained, Job, Result, is_out_of_memory
 from service.errors import ServiceError, from_exception
-from service.schemas import ImageOptions
+from service.fleet import Fleet
+from service.repository import Served
+from service.schemas import ExplainWhen, ImageOptions
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,17 +39,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PICTURE_SIDE = 1024  # pixels: a picture of the map needs no more, whatever the photograph had
+LAG_SLEEP = 0.01  # seconds
+MAP_SHARE = 0.8  # of an image's time; what remains is for the prediction without its map
+
+Image: TypeAlias = "IO[bytes] | Tensor"  # an encoded file, or a normalised float32 tensor (3, h, w)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who asked: the route's template, the request's id, and the name of the caller's key where there is one."""
+
+    route: str
+    request_id: str
+    caller: str | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """One image and what is asked of it, checked: `options` None = only predict; `deadline` on the loop's clock."""
+    """One image and what is asked of it, checked: `options` None = only predict; deadlines on the loop's clock."""
 
-    image: IO[bytes]
+    image: Image
     asked: ImageOptions
     deadline: float
+    map_deadline: float
     options: "Options | None"
     target: int  # class index or PREDICTED
+    when_classes: frozenset[int]  # the classes of `explain_when`, as indices
     draws: bool  # the answer needs a picture to draw on
 
 
@@ -50,18 +73,31 @@ class Prepared:
     """A decoded image: the model's input, where it lies on the upright original, and what to draw on."""
 
     tensor: "Tensor"
-    placement: "Placement"
+    placement: "Placement | None"  # None where the caller sent the model's input itself
     orientation: int
-    backdrop: Image | None
+    backdrop: Pixels | None
+    sha256: str  # of the encoded file; of the tensor's bytes where there was none
+
+
+@dataclass(frozen=True)
+class MissingMap:
+    """Why there is a prediction and no map."""
+
+    status: Literal["skipped", "shed", "timeout"]
+    reason: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that is known of one image; `results` has one entry a map (k of them for `top:k`)."""
+    """All that is known of one image; `results` has one entry a map (k of them for `top:k`).
+
+    Where `missing` says why there is no map, it has one entry: the prediction.
+    """
 
     request: Request
     prepared: Prepared
     results: list[Result]
+    missing: MissingMap | None = None
 
     @property
     def first(self) -> Result:
@@ -69,157 +105,227 @@ class Outcome:
 
 
 class Pipeline:
-    """One worker's model with its queues. Loads in the device thread; until then, and if that fails, not ready."""
+    """One worker's models, decoders and limits. Not ready until the models are loaded, nor once it drains."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine: Engine | None = None
-        self.failure: str | None = None  # why it never became ready
+        self.fleet = Fleet(settings, metrics.workers_folder())
+        self.repository = self.fleet.repository
+        self.bodies = BodyMemory(settings.max_bodies_bytes)
+        self.draining = False
+        self._audit = Audit(settings)
+        self._lag: asyncio.Task[None] | None = None
         self._admitted = 0
-        self._device = ThreadPoolExecutor(1, "device")
         self._decoders = ThreadPoolExecutor(settings.decode_workers, "decode")
         self._budget = images.PixelBudget(settings.max_image_pixels)
-        self._batcher: Batcher[Job, Result] | None = None
-        self._device.submit(self._load)
+        self.repository.start()
+
+    async def start(self) -> None:
+        """Begin what lives on the event loop; the server listens once this has returned."""
+        self.fleet.start()
+        self._lag = asyncio.get_running_loop().create_task(_watch_loop())
+        await self.fleet.wait_behind_others()
 
     @property
     def ready(self) -> bool:
-        return self.engine is not None
-
-    def require_engine(self) -> Engine:
-        """The loaded engine. Raises ServiceError(not_ready)."""
-        if self.engine is None:
-            raise ServiceError("not_ready", self.failure or "The model is still loading.")
-        return self.engine
+        return self.repository.ready and not self.draining
 
     async def close(self) -> None:
-        if self._batcher is not None:
-            await self._batcher.close()
+        self.draining = True
         metrics.ready.set(0)
-        self.engine = None
-        self._device.shutdown(wait=False, cancel_futures=True)
+        if self._lag is not None:
+            self._lag.cancel()
+        await self.fleet.close()
+        await self.repository.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._audit.close)
 
     def check(
-        self, files: Sequence[IO[bytes]], asked: Sequence[ImageOptions], *, explain: bool, draw: bool, arrival: float
+        self,
+        served: Served,
+        images: Sequence[Image],
+        asked: Sequence[ImageOptions],
+        *,
+        explain: bool,
+        draw: bool,
+        arrival: float,
     ) -> list[Request]:
         """Hold every option against model and table, before anything is decoded. Raises what the library raises."""
-        engine = self.require_engine()
-        classes = len(engine.model.labels)
-        requests = []
-        for file, one in zip(files, asked, strict=True):
-            timeout = one.timeout_ms or self.settings.timeout_ms
-            for name, value, limit in (
-                ("timeout_ms", timeout, self.settings.max_timeout_ms),
-                ("top_k", one.top_k or 1, classes),
-            ):
-                if value > limit:
-                    raise ServiceError(
-                        "option_invalid", f"Option '{name}' is {value}; allowed: an integer in 1..{limit}."
-                    )
-            if (one.top_targets or 1) > classes:
-                raise ServiceError(
-                    "option_invalid", f"Option 'target' is {one.target!r}; the model has {classes} classes."
-                )
-            named = explain and one.target != "predicted" and one.top_targets is None
-            requests.append(
-                Request(
-                    image=file,
-                    asked=one,
-                    deadline=arrival + timeout / 1000,
-                    options=engine.options(one.explain) if explain else None,
-                    target=engine.model.class_index(one.target) if named else PREDICTED,
-                    draws=draw or (explain and one.saliency == "png"),
-                )
-            )
-        return requests
+        return [
+            self._checked(served, image, one, explain=explain, draw=draw, arrival=arrival)
+            for image, one in zip(images, asked, strict=True)
+        ]
 
-    async def run(self, requests: Sequence[Request]) -> list[Outcome | ServiceError]:
+    def _checked(
+        self, served: Served, image: Image, asked: ImageOptions, *, explain: bool, draw: bool, arrival: float
+    ) -> Request:
+        engine, settings = served.engine, self.settings
+        classes = len(engine.model.labels)
+        timeout = asked.timeout_ms or settings.timeout_ms
+        for name, value, limit in (
+            ("timeout_ms", timeout, settings.max_timeout_ms),
+            ("explain_timeout_ms", asked.explain_timeout_ms or 1, settings.max_timeout_ms),
+            ("top_k", asked.top_k or 1, classes),
+        ):
+            if value > limit:
+                raise ServiceError("option_invalid", f"Option '{name}' is {value}; allowed: an integer in 1..{limit}.")
+        if (asked.top_targets or 1) > classes:
+            raise ServiceError(
+                "option_invalid", f"Option 'target' is {asked.target!r}; the model has {classes} classes."
+            )
+        named = explain and asked.target != "predicted" and asked.top_targets is None
+        when = asked.explain_when
+        map_timeout = asked.explain_timeout_ms or MAP_SHARE * timeout
+        return Request(
+            image=image,
+            asked=asked,
+            deadline=arrival + timeout / 1000,
+            map_deadline=arrival + min(map_timeout, timeout) / 1000,
+            options=engine.options(asked.explain) if explain else None,
+            target=engine.model.class_index(asked.target) if named else PREDICTED,
+            when_classes=frozenset(engine.model.class_index(name) for name in when.classes) if when else frozenset(),
+            draws=draw or (explain and asked.saliency == "png"),
+        )
+
+    async def run(self, served: Served, requests: Sequence[Request], origin: Origin) -> list[Outcome | ServiceError]:
         """Each image's outcome, or its own error; raises ServiceError(queue_full) for all of them together."""
-        most = self.settings.max_queue
+        most, bound = self.settings.max_queue, self.settings.shed_bound
         jobs = sum(request.asked.top_targets or 1 for request in requests)
         if jobs > most:
             raise ServiceError("option_invalid", f"The request asks for {jobs} maps; allowed: at most {most}.")
+        # One prediction an image still fits where its maps no longer do.
+        shed = any(request.options for request in requests) and self._admitted + jobs > bound
+        jobs = len(requests) if shed else jobs
         if self._admitted + jobs > most:
             raise ServiceError("queue_full", f"{self._admitted} images or maps are waiting, the most is {most}.")
+        missing = MissingMap("shed", f"More than {bound} images or maps are waiting.") if shed else None
         self._admitted += jobs
+        metrics.admitted.inc(jobs)
         try:
-            return await asyncio.gather(*(self._outcome(request) for request in requests))
+            outcomes = await asyncio.gather(*(self._outcome(served, request, missing) for request in requests))
         finally:
             self._admitted -= jobs
+            metrics.admitted.dec(jobs)
+        for outcome in outcomes:
+            if isinstance(outcome, Outcome) and outcome.missing:
+                metrics.maps_missing.labels(outcome.missing.status).inc()
+        await self._audit.record(origin, served, outcomes)
+        return outcomes
 
-    async def _outcome(self, request: Request) -> Outcome | ServiceError:
+    async def _outcome(self, served: Served, request: Request, missing: MissingMap | None) -> Outcome | ServiceError:
         try:
             async with asyncio.timeout_at(request.deadline):
-                prepared = await asyncio.get_running_loop().run_in_executor(self._decoders, self._prepare, request)
-                return Outcome(request, prepared, await self._results(request, prepared))
+                prepared = await self._prepared(served, request)
+                if request.options is None:
+                    return Outcome(request, prepared, [await _predicted(served, request, prepared)])
+                return await _explained(served, request, request.options, prepared, missing)
         except images.ImageError as error:
             return ServiceError(error.code, error.message)
         except QueueFullError:
             return ServiceError("queue_full", f"{self.settings.max_queue} images are waiting, the most that may.")
+        except DeviceMemoryError as error:
+            return ServiceError("out_of_memory", str(error))
         except (DeadlineError, TimeoutError):
             milliseconds = request.asked.timeout_ms or self.settings.timeout_ms
             return ServiceError("deadline_exceeded", f"No answer within {milliseconds} ms.")
         except Exception as error:
+            if is_out_of_memory(error):
+                return ServiceError("out_of_memory", "There is not the memory to decode this image now.")
             answer = from_exception(error)
             if answer.code == "internal":
                 log.exception("An image failed for a reason of ours.")
             return answer
 
-    async def _results(self, request: Request, prepared: Prepared) -> list[Result]:
-        if request.options is None:
-            return [await self._submit(Job(prepared.tensor), request.deadline)]
-        targets = [request.target]
-        if k := request.asked.top_targets:
-            predicted = await self._submit(Job(prepared.tensor), request.deadline)
-            targets = best(predicted.probabilities, k)
-        reduction = REDUCTION_OF_POLARITY[request.asked.polarity]
-        jobs = [Job(prepared.tensor, Explained(target, request.options, reduction)) for target in targets]
-        tasks = [asyncio.ensure_future(self._submit(job, request.deadline)) for job in jobs]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:  # where one failed the image has failed: the others need not be computed
-                task.cancel()
+    async def _prepared(self, served: Served, request: Request) -> Prepared:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._prepare, served, request)
 
-    async def _submit(self, job: Job, deadline: float) -> Result:
-        if self._batcher is None:  # made here, where the event loop runs that it belongs to
-            engine = self.require_engine()
-            self._batcher = Batcher(
-                engine.run,
-                lambda job: job.group,
-                self._device,
-                capacity=engine.capacity,
-                max_queue=self.settings.max_queue,
-                max_delay=self.settings.max_delay_ms / 1000,
-            )
-        return await self._batcher.submit(job, deadline)
-
-    def _prepare(self, request: Request) -> Prepared:
+    def _prepare(self, served: Served, request: Request) -> Prepared:
         start = time.perf_counter()
-        data = request.image.read(self.settings.max_image_bytes + 1)
+        if not hasattr(request.image, "read"):
+            tensor = request.image
+            return Prepared(tensor, None, 1, None, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
+        data = cast("IO[bytes]", request.image).read(self.settings.max_image_bytes + 1)
         encoded = images.inspect(data, self.settings.image_limits)
         with self._budget.hold(encoded.pixels):
             picture = encoded.decode()
-            tensor, placement = self.require_engine().model.preprocessing.apply(picture.image)
+            tensor, placement = served.engine.model.preprocessing.apply(picture.image)
             backdrop = _backdrop(picture.image, placement, *tensor.shape[-2:]) if request.draws else None
+        digest = hashlib.sha256(data).hexdigest()
         metrics.decode_seconds.observe(time.perf_counter() - start)
-        return Prepared(tensor, placement, picture.orientation, backdrop)
+        return Prepared(tensor, placement, picture.orientation, backdrop, digest)
 
-    def _load(self) -> None:
+
+async def _watch_loop() -> None:
+    """How long the event loop is held: a sleep that ends late was kept waiting."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        start = clock()
+        await asyncio.sleep(LAG_SLEEP)
+        metrics.loop_lag_seconds.observe(max(0.0, clock() - start - LAG_SLEEP))
+
+
+async def _predicted(served: Served, request: Request, prepared: Prepared) -> Result:
+    return await served.submit(Job(prepared.tensor), request.deadline)
+
+
+async def _explained(
+    served: Served, request: Request, options: "Options", prepared: Prepared, missing: MissingMap | None
+) -> Outcome:
+    """The maps asked for, or the prediction and why they are missing."""
+    when, k = request.asked.explain_when, request.asked.top_targets
+    predicted: Result | None = None
+    if missing is None and (k or (when and not _sampled(when, prepared.sha256))):
+        predicted = await _predicted(served, request, prepared)
+        if when:
+            missing = _skipped(when, request.when_classes, predicted, prepared.sha256)
+    if missing is None:
+        targets = best(predicted.probabilities, k) if predicted and k else [request.target]
         try:
-            engine = Engine(self.settings)
-            if self.settings.self_test:
-                engine.self_test()
-        except Exception as error:  # the worker stays alive to say on /readyz and in its log what is wrong
-            log.exception("The model was not loaded.")
-            self.failure = f"The model was not loaded: {error}"
-            return
-        metrics.model_info.labels(
-            engine.model.name, engine.model.version, engine.model.weights_sha256, engine.table.table_sha256
-        ).set(1)
-        metrics.ready.set(1)
-        self.engine = engine
+            return Outcome(request, prepared, await _maps(served, request, options, prepared, targets))
+        except DeadlineError:
+            missing = MissingMap("timeout", "The map was not done in its share of the time.")
+        except DeviceMemoryError as error:
+            missing = MissingMap("shed", str(error))
+    return Outcome(request, prepared, [predicted or await _predicted(served, request, prepared)], missing)
+
+
+async def _maps(
+    served: Served, request: Request, options: "Options", prepared: Prepared, targets: Sequence[int]
+) -> list[Result]:
+    """One result a target. Raises DeadlineError where any is not there at the maps' deadline."""
+    reduction = REDUCTION_OF_POLARITY[request.asked.polarity]
+    jobs = [Job(prepared.tensor, Explained(target, options, reduction)) for target in targets]
+    tasks = [asyncio.ensure_future(served.submit(job, request.map_deadline)) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:  # where one failed the image has failed: the others need not be computed
+            task.cancel()
+
+
+def _skipped(when: ExplainWhen, classes: frozenset[int], predicted: Result, sha256: str) -> MissingMap | None:
+    """None where any of the conditions given holds, else why no map is made."""
+    if _sampled(when, sha256):
+        return None
+    index = int(predicted.probabilities.argmax())
+    confidence = float(predicted.probabilities[index])
+    reasons = []
+    if when.confidence_below is not None:
+        if confidence < when.confidence_below:
+            return None
+        reasons.append(f"the confidence {confidence:.6g} is not below {when.confidence_below:g}")
+    if classes:
+        if index in classes:
+            return None
+        reasons.append(f"class {index} is not one of those to explain")
+    if when.sample_rate is not None:
+        reasons.append(f"the image is not in the sample of {when.sample_rate:g}")
+    return MissingMap("skipped", f"Not explained: {'; '.join(reasons)}.")
+
+
+def _sampled(when: ExplainWhen, sha256: str) -> bool:
+    """Decided by the image itself, so that asking again decides the same."""
+    return when.sample_rate is not None and int(sha256[:16], 16) < when.sample_rate * 2**64
 
 
 def best(probabilities: "np.ndarray[tuple[int], np.dtype[np.float32]]", k: int) -> list[int]:
@@ -227,7 +333,7 @@ def best(probabilities: "np.ndarray[tuple[int], np.dtype[np.float32]]", k: int) 
     return [int(i) for i in np.argsort(-probabilities, kind="stable")[:k]]
 
 
-def _backdrop(image: Image, placement: "Placement", height: int, width: int) -> Image:
+def _backdrop(image: Pixels, placement: "Placement", height: int, width: int) -> Pixels:
     """What the model saw of the original: at its own resolution up to MAX_PICTURE_SIDE, and no less than the map's."""
     left, top, right, bottom = placement.crop_box
     box = (max(0.0, left), max(0.0, top), min(image.width, right), min(image.height, bottom))

@@ -1,22 +1,257 @@
 """Request options and answer types of the native routes: what may be asked, and the shape of what comes back.
 
-Options are parsed from text here; ranges of the explanation's own options are the library's (parchgrad.options).
+`OPTIONS` is the one list behind parsing, the OpenAPI document and `/models/{name}`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from parchgrad.render import COLORMAPS, OVERLAYS, REDUCTION_OF_POLARITY
-from service.errors import ServiceError
+from service.errors import STATUS, ServiceError
 
 ENCODINGS = ("uint8", "float16", "float32", "list", "png", "none")
 MAX_TOP = 20
+MAX_PASSES = 100  # steps or samples of one image: a device call cannot be interrupted
+MAX_TIMEOUT_MS = 3_600_000
+DEFAULT_TOP_K = 5
+
+# The library's, whose modules load torch, which the supervisor must not; the tests hold these to the library.
+METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
+SELECTIONS = ("class", "instance")
+CONSERVE = ("independent", "exact", "none")
+SEEDS = ("logit", "probability_weighted_logit")
+
+# A JSON number without its leniency's extremes; float() also takes '1_0', ' 1', 'nan' and digits of other scripts.
+_DECIMAL = re.compile(r"-?[0-9]{1,64}(\.[0-9]{1,64})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
+
+
+# --- what an option's text may be --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`parse` raises ValueError for what is not `allowed`; `schema` is the JSON Schema of one value."""
+
+    parse: Callable[[str], Any]
+    schema: Mapping[str, Any]
+    allowed: str
+
+
+def _integer(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        # Plain digits only: int() also takes '1_0', ' 1' and digits of other scripts.
+        if not (text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high):
+            raise ValueError
+        return int(text)
+
+    return Kind(parse, {"type": "integer", "minimum": low, "maximum": high}, f"an integer in {low}..{high}")
+
+
+def _number(low: float, high: float, *, above: bool = False, infinity: bool = False) -> Kind:
+    """A number in [low, high], or in (low, high] where `above`; `infinity` allows `inf` as well."""
+
+    def parse(text: str) -> float:
+        if infinity and text == "inf":
+            return math.inf
+        if not _DECIMAL.fullmatch(text):
+            raise ValueError
+        value = float(text)
+        if not low <= value <= high or (above and value == low):
+            raise ValueError
+        return value + 0.0  # no negative zero
+
+    schema = {"type": "number", "exclusiveMinimum" if above else "minimum": low, "maximum": high}
+    allowed = f"a number in {'(' if above else '['}{low:g}, {high:.10g}]"
+    if infinity:
+        return Kind(parse, {"anyOf": [schema, {"type": "string", "enum": ["inf"]}]}, f"{allowed}, or inf")
+    return Kind(parse, schema, allowed)
+
+
+def _one_of(*values: str) -> Kind:
+    return _chosen({value: value for value in values}, ", ".join(values))
+
+
+def _chosen(values: Mapping[str, Any], allowed: str) -> Kind:
+    def parse(text: str) -> Any:
+        if text not in values:
+            raise ValueError
+        return values[text]
+
+    return Kind(parse, {"type": "string", "enum": list(values)}, allowed)
+
+
+def _boolean() -> Kind:
+    return _chosen({"true": True, "1": True, "false": False, "0": False}, "true, false, 1 or 0")
+
+
+def _text(allowed: str, parse: Callable[[str], Any] = str) -> Kind:
+    def parse_not_empty(text: str) -> Any:
+        if not text:
+            raise ValueError
+        return parse(text)
+
+    return Kind(parse_not_empty, {"type": "string", "minLength": 1}, allowed)
+
+
+def _target(text: str) -> str:
+    if text.startswith("top:"):
+        _integer(1, MAX_TOP).parse(text.removeprefix("top:"))
+    return text
+
+
+def _globs(text: str) -> tuple[str, ...]:
+    globs = tuple(part.strip() for part in text.split(","))
+    if not all(globs):
+        raise ValueError
+    return globs
+
+
+@dataclass(frozen=True)
+class ExplainWhen:
+    """When a map is made: where any of the given conditions holds, in terms of the prediction or of the image.
+
+    `confidence_below`: the predicted class's probability is less.  `classes`: the predicted class is one of these,
+    indices or names.  `sample_rate`: this share of images, chosen by their bytes, so the same image always decides
+    the same.
+    """
+
+    confidence_below: float | None = None
+    classes: tuple[str, ...] = ()
+    sample_rate: float | None = None
+
+
+def _explain_when(text: str) -> ExplainWhen | None:
+    if text == "always":
+        return None
+    given: dict[str, Any] = {}
+    for condition in text.split(";"):
+        name, value = _condition(condition)
+        if name in given:
+            raise ValueError
+        given[name] = value
+    return ExplainWhen(**given)
+
+
+def _condition(text: str) -> tuple[str, Any]:
+    if text.startswith("confidence<"):
+        return "confidence_below", _number(0, 1, above=True).parse(text.removeprefix("confidence<"))
+    if text.startswith("sample:"):
+        return "sample_rate", _number(0, 1).parse(text.removeprefix("sample:"))
+    classes = tuple(text.removeprefix("class:").split("|"))
+    if not text.startswith("class:") or not all(classes):
+        raise ValueError
+    return "classes", classes
 
 
 # --- options -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what it may be, what it means (a sentence), its default, and whether /predict knows it.
+
+    `default` None: there is none, or it is the table's or the service's.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any = None
+    predict: bool = False
+
+    def parse(self, text: str) -> Any:
+        """The value. Raises ServiceError, naming option, value and what is allowed."""
+        try:
+            return self.kind.parse(text)
+        except ValueError:
+            raise _invalid(self.name, text, self.kind.allowed) from None
+
+
+def _invalid(name: str, text: str, allowed: str) -> ServiceError:
+    return ServiceError("option_invalid", f"Option '{name}' is {text[:64]!r}; allowed: {allowed}.")
+
+
+_PREDICTED = f"a class index, a class name, predicted, or top:k with k in 1..{MAX_TOP}"
+_WHEN = (
+    "always, or one or more of confidence<NUMBER, class:NAME|NAME and sample:NUMBER joined by ';', numbers in [0, 1]"
+)
+
+# Options of one image: given once for all images, or once for each.
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option("top_k", _integer(1, 1_000_000), "Number of predictions to return.", DEFAULT_TOP_K, predict=True),
+        Option("timeout_ms", _integer(1, MAX_TIMEOUT_MS), "Deadline of this image, milliseconds.", predict=True),
+        Option(
+            "explain_timeout_ms",
+            _integer(1, MAX_TIMEOUT_MS),
+            "Deadline of this image's map, milliseconds: past it the prediction is answered without the map.",
+        ),
+        Option(
+            "explain_when",
+            _text(_WHEN, _explain_when),
+            "When to make a map: where any of the conditions holds. 'confidence<0.6': the predicted class is less "
+            "probable; 'class:217|tench': it is one of these; 'sample:0.05': this share of images. Else only predict.",
+            "always",
+        ),
+        Option("target", _text(_PREDICTED, _target), "Class to explain; 'top:k': the k most probable.", "predicted"),
+        Option("method", _one_of(*METHODS), "Attribution method.", "gradient"),
+        Option("rule", _boolean(), "false: the plain method, without ParchGrad.", True),
+        Option(
+            "quantile", _number(0, 1, above=True), "Share of each layer's channels to select; default: the table's."
+        ),
+        Option("alpha", _number(0, 1, above=True), "Select by p-value, at most this, instead of by quantile."),
+        Option("gamma", _number(0, 1e6, infinity=True), "Weight of the selected side; default: the table's."),
+        Option("selection", _one_of(*SELECTIONS), "Channels selected by class or by image; default: the table's."),
+        Option("conserve", _one_of(*CONSERVE), "How the rule keeps the gradient's size; default: the table's."),
+        Option(
+            "layers",
+            _text("comma-separated layer names or glob patterns", _globs),
+            "Comma-separated layer names or glob patterns the rule acts on; default: the table's.",
+        ),
+        Option("normality_filter", _boolean(), "Leave out channels distributed normally; default: the table's."),
+        Option(
+            "seed", _one_of(*SEEDS), "What is differentiated: the target's logit, or weighted by probability.", "logit"
+        ),
+        Option("steps", _integer(1, MAX_PASSES), "Points of integrated_gradients.", 25),
+        Option("samples", _integer(1, MAX_PASSES), "Noisy copies of smoothgrad.", 25),
+        Option("noise", _number(0, 10), "Their noise: its sd as a share of the image's value range.", 0.15),
+        Option("noise_seed", _integer(0, 2**63 - 1), "Random seed of the noise.", 0),
+        Option("saliency", _one_of(*ENCODINGS), "Encoding of the map in JSON.", "uint8"),
+        Option(
+            "polarity",
+            _one_of(*REDUCTION_OF_POLARITY),
+            "Attribution the map shows, numbers and picture: the positive or negative part of the sum over colours, or "
+            "for 'both' the mean magnitude.",
+            "both",
+        ),
+        Option("colormap", _one_of(*COLORMAPS), "Colours of pictures.", "inferno"),
+        Option("overlay", _one_of(*OVERLAYS), "What pictures show under the map.", "original"),
+        Option("clip_lower", _number(0, 100), "Percentile of the map drawn as nothing; less than clip_upper.", 0.0),
+        Option("clip_upper", _number(0, 100), "Percentile of the map drawn as full.", 99.5),
+        Option("outline", _boolean(), "Pictures show outlines of the regions that matter most, not pixels.", False),
+    )
+}
+
+# Options of the whole request: given once.
+REQUEST_OPTIONS = {
+    option.name: option
+    for option in (
+        Option("model", _text("a model's name"), "Model to ask; default: the service's."),
+        Option("version", _text("a version of the model"), "Its version; default: the newest that is loaded."),
+    )
+}
+
+_DRAWING = ("colormap", "overlay", "clip_lower", "clip_upper", "outline")
+_EXPLAIN = (
+    "method", "rule", "quantile", "alpha", "gamma", "selection", "conserve", "layers", "normality_filter", "seed",
+    "steps", "samples", "noise", "noise_seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,19 +262,22 @@ class Drawing:
     overlay: str = "original"
     clip_lower: float = 0.0
     clip_upper: float = 99.5
+    outline: bool = False
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Everything asked of one image. `explain` holds what was given of the library's options, unchecked."""
+    """Everything asked of one image. `explain` holds what was given of the library's options, not held to the model."""
 
-    explain: dict[str, Any]
-    drawing: Drawing
+    explain: dict[str, Any] = field(default_factory=dict)
+    drawing: Drawing = Drawing()
     target: str = "predicted"
     top_k: int | None = None
     timeout_ms: int | None = None
+    explain_timeout_ms: int | None = None
     saliency: str = "uint8"
     polarity: str = "both"
+    explain_when: ExplainWhen | None = None
 
     @property
     def top_targets(self) -> int | None:
@@ -47,133 +285,44 @@ class ImageOptions:
         return int(self.target.removeprefix("top:")) if self.target.startswith("top:") else None
 
 
-@dataclass(frozen=True)
-class Option:
-    """One option: its text's parser, one sentence for the documents, and the routes that know it."""
-
-    name: str
-    parse: Callable[[str, str], Any]
-    help: str
-    predict: bool = False
+def take_model(fields: dict[str, list[str]]) -> tuple[str | None, str | None]:
+    """Take `model` and `version` out of a request's fields; None where not given. Raises ServiceError."""
+    name, version = (_once(option, fields.pop(option.name, [])) for option in REQUEST_OPTIONS.values())
+    return name, version
 
 
-def _invalid(name: str, text: str, allowed: str) -> ServiceError:
-    return ServiceError("option_invalid", f"Option '{name}' is {text[:64]!r}; allowed: {allowed}.")
+def _once(option: Option, texts: Sequence[str]) -> Any:
+    if len(texts) > 1:
+        raise ServiceError("option_invalid", f"Option '{option.name}' is given {len(texts)} times; allowed: once.")
+    return option.parse(texts[0]) if texts else None
 
 
-def _integer(name: str, text: str, low: int, high: int) -> int:
-    allowed = f"an integer in {low}..{high}"
-    # Plain digits only: int() also takes '1_0', ' 1' and digits of other scripts.
-    if not (text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high):
-        raise _invalid(name, text, allowed)
-    return int(text)
+def options_of(route: str) -> list[Option]:
+    """The per-image options of `predict` or `explain`."""
+    return [option for option in OPTIONS.values() if route == "explain" or option.predict]
 
 
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise _invalid(name, text, "a number" + (", or inf" if name == "gamma" else "")) from None
-
-
-def _percentile(name: str, text: str) -> float:
-    value = _number(name, text)
-    if not 0 <= value <= 100:
-        raise _invalid(name, text, "a percentile in [0, 100]")
-    return value
-
-
-def _boolean(name: str, text: str) -> bool:
-    values = {"true": True, "1": True, "false": False, "0": False}
-    if text not in values:
-        raise _invalid(name, text, "true, false, 1 or 0")
-    return values[text]
-
-
-def _target(name: str, text: str) -> str:
-    k = text.removeprefix("top:")
-    if k != text and not (k.isascii() and k.isdigit() and len(k) <= 2 and 1 <= int(k) <= MAX_TOP):
-        raise _invalid(name, text, f"top:k with k in 1..{MAX_TOP}")
-    return _text(name, text)
-
-
-def _text(name: str, text: str) -> str:
-    if not text:
-        raise _invalid(name, text, "not empty")
-    return text
-
-
-def _globs(name: str, text: str) -> tuple[str, ...]:
-    globs = tuple(part.strip() for part in text.split(","))
-    if not all(globs):
-        raise _invalid(name, text, "comma-separated layer names or glob patterns")
-    return globs
-
-
-def _one_of(*allowed: str) -> Callable[[str, str], str]:
-    def parse(name: str, text: str) -> str:
-        if text not in allowed:
-            raise _invalid(name, text, ", ".join(allowed))
-        return text
-
-    return parse
-
-
-def _in(low: int, high: int) -> Callable[[str, str], int]:
-    return lambda name, text: _integer(name, text, low, high)
-
-
-OPTIONS = {
-    option.name: option
-    for option in (
-        Option("top_k", _in(1, 1_000_000), "Number of predictions to return; default 5.", predict=True),
-        Option("timeout_ms", _in(1, 3_600_000), "Deadline of this image, milliseconds.", predict=True),
-        Option("target", _target, "Class to explain: index, class name, 'predicted' (default) or 'top:k'."),
-        Option("method", _text, "Attribution method; default gradient."),
-        Option("rule", _boolean, "false: the plain method, without ParchGrad."),
-        Option("quantile", _number, "Share of each layer's channels to select, in (0, 1]."),
-        Option("alpha", _number, "Select by p-value instead of quantile, in (0, 1]."),
-        Option("gamma", _number, "Weight of the selected side, in [0, 1e6] or inf."),
-        Option("selection", _text, "class or instance."),
-        Option("conserve", _text, "independent, exact or none."),
-        Option("layers", _globs, "Comma-separated layer names or glob patterns the rule acts on."),
-        Option("seed", _text, "logit or probability_weighted_logit."),
-        Option("saliency", _one_of(*ENCODINGS), f"Encoding of the map: {', '.join(ENCODINGS)}; default uint8."),
-        Option("colormap", _one_of(*COLORMAPS), f"Colours of pictures: {', '.join(COLORMAPS)}; default inferno."),
-        Option("overlay", _one_of(*OVERLAYS), f"What pictures show under the map: {', '.join(OVERLAYS)}."),
-        Option("polarity", _one_of(*REDUCTION_OF_POLARITY), "Sign of attribution the map shows; default both."),
-        Option("clip_lower", _percentile, "Percentile of the map drawn as nothing; default 0."),
-        Option("clip_upper", _percentile, "Percentile of the map drawn as full; default 99.5."),
-    )
-}
-NOT_YET = ("outline",)
-
-_EXPLAIN = ("method", "rule", "quantile", "alpha", "gamma", "selection", "conserve", "layers", "seed")
-_DRAWING = ("colormap", "overlay", "clip_lower", "clip_upper")
-
-
-def parse_options(fields: dict[str, list[str]], images: int, route: str) -> list[ImageOptions]:
+def parse_options(fields: Mapping[str, Sequence[str]], images: int, route: str) -> list[ImageOptions]:
     """One ImageOptions for each of `images`; a field comes once, or once an image. Raises ServiceError."""
-    known = [name for name, option in OPTIONS.items() if route == "explain" or option.predict]
+    known = [option.name for option in options_of(route)]
     for name in fields:
-        if name in NOT_YET:
-            raise ServiceError("option_unsupported", f"Option '{name}' is not supported yet.")
         if name not in known:
             raise ServiceError(
                 "unknown_field",
-                f"Field {name[:64]!r} is not an option of /{route}; its options are {', '.join(known)}.",
+                f"Field {name[:64]!r} is not an option of /{route}; its options are "
+                f"{', '.join([*known, *REQUEST_OPTIONS])}.",
             )
-    columns = {name: _column(name, texts, images) for name, texts in fields.items()}
+    columns = {name: _column(OPTIONS[name], texts, images) for name, texts in fields.items()}
     return [_of_image({name: column[i] for name, column in columns.items()}) for i in range(images)]
 
 
-def _column(name: str, texts: Sequence[str], images: int) -> list[Any]:
+def _column(option: Option, texts: Sequence[str], images: int) -> list[Any]:
     if len(texts) not in (1, images):
         raise ServiceError(
             "option_invalid",
-            f"Option '{name}' is given {len(texts)} times; allowed: once, or once for each of {images} images.",
+            f"Option '{option.name}' is given {len(texts)} times; allowed: once, or once for each of {images} images.",
         )
-    values = [OPTIONS[name].parse(name, text) for text in texts]
+    values = [option.parse(text) for text in texts]
     return values if len(values) == images else values * images
 
 
@@ -190,6 +339,25 @@ def _of_image(values: dict[str, Any]) -> ImageOptions:
     return ImageOptions(explain=explain, drawing=drawing, **values)
 
 
+def option_defaults(table: Mapping[str, Any], timeout_ms: int) -> dict[str, Any]:
+    """What /explain takes where nothing is given; `table` is its defaults as JSON, which come before ours."""
+    ours = {option.name: option.default for option in OPTIONS.values() if option.default is not None}
+    return {**ours, "timeout_ms": timeout_ms, **table}
+
+
+def option_bounds(classes: int, layer_names: Sequence[str], max_timeout_ms: int) -> dict[str, str]:
+    """What each option may be, in words, for a model of so many classes and the layers its table knows."""
+    timeout = _integer(1, max_timeout_ms).allowed
+    most = min(MAX_TOP, classes)
+    return {option.name: option.kind.allowed for option in OPTIONS.values()} | {
+        "target": f"an index in 0..{classes - 1}, a class name, predicted, or top:k with k in 1..{most}",
+        "layers": f"comma-separated names or glob patterns of {', '.join(layer_names)}",
+        "top_k": _integer(1, classes).allowed,
+        "timeout_ms": timeout,
+        "explain_timeout_ms": timeout,
+    }
+
+
 # --- answers -----------------------------------------------------------------------------------------------
 
 
@@ -200,7 +368,7 @@ class Answer(BaseModel):
 
 
 class ErrorBody(Answer):
-    code: str
+    code: str = Field(json_schema_extra={"enum": list(STATUS)})
     message: str
 
 
@@ -217,17 +385,28 @@ class ModelIdentity(Answer):
     table_sha256: str
 
 
+class Software(Answer):
+    """What computed the answer: this package's version, the runtime's name and version, the device."""
+
+    parchgrad: str
+    runtime: str
+    device: str
+
+
 class Prediction(Answer):
     index: int
     label: str
     probability: float
 
 
+Dtype = Literal["uint8", "float16", "float32", "png"]
+
+
 class SaliencyMap(Answer):
     """A map of `shape` (height, width). Its values are `scale` times the data (little endian), row by row."""
 
     shape: tuple[int, int]
-    dtype: str
+    dtype: Dtype
     scale: float
     encoding: Literal["base64", "list"]
     data: str | list[list[float]]
@@ -249,7 +428,11 @@ class Quality(Answer):
 
 
 class ExplanationAnswer(Answer):
-    """The map and every option it was made with: `quantile` (a number, or by layer pattern) or `alpha`."""
+    """The map and every option it was made with, enough to make it again.
+
+    `quantile` (a number, or by layer pattern) or `alpha`; `steps` only of integrated_gradients; `samples`, `noise`
+    and `noise_seed` only of smoothgrad. Numbers are exact.
+    """
 
     status: Literal["ok"] = "ok"
     target: Prediction
@@ -261,11 +444,23 @@ class ExplanationAnswer(Answer):
     selection: str
     conserve: str
     layers: list[str]
+    normality_filter: bool
     seed: str
+    steps: int | None = None
+    samples: int | None = None
+    noise: float | None = None
+    noise_seed: int | None = None
     polarity: str
     saliency: SaliencyMap | None = None
-    transform: Transform
+    transform: Transform | None = None
     quality: Quality
+
+
+class MissingExplanation(Answer):
+    """There is a prediction and no map: not asked for under `explain_when`, shed under load, or late."""
+
+    status: Literal["skipped", "shed", "timeout"]
+    reason: str
 
 
 class FailedAnswer(Answer):
@@ -275,36 +470,66 @@ class FailedAnswer(Answer):
     error: ErrorBody
 
 
+AnyExplanation = Annotated[ExplanationAnswer | MissingExplanation | FailedAnswer, Field(discriminator="status")]
+
+
 class PredictResult(Answer):
+    """`image_sha256` is the digest of the encoded file."""
+
     status: Literal["ok"] = "ok"
+    image_sha256: str | None = None
     predictions: list[Prediction]
 
 
-class ExplainResult(Answer):
-    """`explanations`, best class first, only for `target=top:k`; `explanation` otherwise."""
+class ExplainResult(PredictResult):
+    """`explanations`, best class first, only for `target=top:k` (a single entry where there are no maps)."""
 
-    status: Literal["ok"] = "ok"
-    predictions: list[Prediction]
-    explanation: ExplanationAnswer | FailedAnswer | None = None
-    explanations: list[ExplanationAnswer | FailedAnswer] | None = None
+    explanation: AnyExplanation | None = None
+    explanations: list[AnyExplanation] | None = None
+
+
+AnyPredictResult = Annotated[PredictResult | FailedAnswer, Field(discriminator="status")]
+AnyExplainResult = Annotated[ExplainResult | FailedAnswer, Field(discriminator="status")]
 
 
 class PredictAnswer(Answer):
+    """`request_id` is the request's X-Request-Id."""
+
     model: ModelIdentity
-    results: list[PredictResult | FailedAnswer]
+    software: Software
+    request_id: str | None = None
+    results: list[AnyPredictResult]
 
 
 class ExplainAnswer(Answer):
+    """`request_id` is the request's X-Request-Id."""
+
     model: ModelIdentity
-    results: list[ExplainResult | FailedAnswer]
+    software: Software
+    request_id: str | None = None
+    results: list[AnyExplainResult]
+
+
+class ModelEntry(Answer):
+    """One version of a model. The digests are known once it is loaded; `reason` says why it is not."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
+    reason: str | None = None
+    weights_sha256: str | None = None
+    table_sha256: str | None = None
 
 
 class ModelListing(Answer):
-    models: list[ModelIdentity]
+    """`default` is the model asked where a request names none."""
+
+    default: str | None = None
+    models: list[ModelEntry]
 
 
 class ModelAnswer(ModelIdentity):
-    """`options` are the defaults an explanation takes from the table; `bounds` what each may be."""
+    """`options` are the defaults of /explain with this model; `bounds` what each may be."""
 
     labels: list[str]
     input: dict[str, Any]

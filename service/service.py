@@ -9,12 +9,25 @@ from typing import Any, cast
 
 import bentoml
 
-from service import metrics
+from service import access, audit, connections, memory, metrics
+from service.access import Gate
 from service.app import Envelope, create_app
+from service.draining import drain_on_sigterm
 from service.pipeline import Pipeline
-from service.settings import Settings
+from service.protocols import grpc_server
+from service.protocols.grpc_server import GrpcServer
+from service.settings import Settings, SettingsError
 
-SETTINGS = Settings.from_environment(os.environ)
+try:
+    # Refused here, where the supervisor ends with the message, and not in a worker that it would start again and again.
+    SETTINGS = Settings.from_environment(os.environ)
+    access.check_bind(SETTINGS, access.bind_host())
+    audit.check(SETTINGS)
+    grpc_server.check(SETTINGS, access.bind_host())
+    ACCESS = access.Access.from_settings(SETTINGS)
+except SettingsError as error:
+    raise SystemExit(f"Error: {error}") from None
+connections.install()
 APP = create_app()
 
 
@@ -33,16 +46,27 @@ class ParchGradService:
     """CNN predictions with ParchGrad saliency maps."""
 
     def __init__(self) -> None:
+        memory.share_one_arena()
         metrics.forget_dead_workers()
         self.pipeline = Pipeline(SETTINGS)
         APP.state.pipeline = self.pipeline
+        self.grpc = GrpcServer(self.pipeline, ACCESS)
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]  # BentoML does not type it
+    async def start(self) -> None:
+        await self.pipeline.start()
+        await self.grpc.start()
+        drain_on_sigterm(self.pipeline)
 
     async def __is_ready__(self) -> bool:
         return self.pipeline.ready
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]  # BentoML does not type it
     async def close(self) -> None:
+        await self.grpc.close()
         await self.pipeline.close()
 
 
-cast(Any, ParchGradService).add_asgi_middleware(Envelope, routes=APP.routes)
+_service = cast(Any, ParchGradService)
+_service.add_asgi_middleware(Envelope, routes=APP.routes)
+_service.add_asgi_middleware(Gate, access=ACCESS)  # inside the envelope, around BentoML's own routes

@@ -11,6 +11,9 @@ from service.images import PILLOW_WARNS_ABOVE, ImageLimits
 PREFIX = "PARCHGRAD_"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent  # the checkout, or `src` inside a built bento
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+LINE = r"[^\n]*"
+KEYS = "NAME:SHA256[:PER_MINUTE], comma-separated"
+ENTRY = rf"{NAME}(/[1-9][0-9]*)?"
 
 
 class SettingsError(Exception):
@@ -38,7 +41,12 @@ class Settings:
 
     models_dir: Path = field(default=PROJECT_ROOT / "models", metadata={"help": "folder of model packages"})
     tables_dir: Path = field(default=PROJECT_ROOT / "selection_tables", metadata={"help": "folder of selection tables"})
-    model: str = _matching("scenes", rf"{NAME}(/[0-9]+)?", "NAME or NAME/VERSION", "model to serve")
+    model: str = _matching("scenes", ENTRY, "NAME or NAME/VERSION", "model that answers where none is named")
+    models: str = _matching(
+        "", rf"|\*|{ENTRY}(,{ENTRY})*", "NAME[/VERSION],..., or *", "further models to serve; * = every one there is"
+    )
+    versions: str = _matching("latest", "latest|all", "latest or all", "which of a model's versions to serve")
+    map_tables: bool = _switch(False, "map tables into memory instead of copying them: less memory, on files that stay")
     device: str = _matching("cpu", r"cpu|cuda(:[0-9]+)?", "cpu, cuda or cuda:N", "where the model runs")
     threads: int = _within(0, 0, 1024, "torch threads of the device thread; 0 leaves torch's own choice")
     workers: int = _within(1, 1, 64, "worker processes, each with its own model and batcher")
@@ -47,12 +55,29 @@ class Settings:
     max_image_pixels: int = _within(50_000_000, 1, PILLOW_WARNS_ABOVE, "largest image, width x height")
     max_images: int = _within(16, 1, 1000, "images a request may carry")
     max_batch: int = _within(32, 1, 4096, "most images in one device call")
-    max_batch_pixels: int = _within(2_000_000, 1, 2**31, "most input pixels in one device call of several images")
+    max_batch_pixels: int = _within(
+        0, 0, 2**31, "most input pixels in one device call of several images; 0: 400,000 on a CPU, 2,000,000 on a GPU"
+    )
     max_queue: int = _within(256, 1, 1_000_000, "most images admitted and not yet answered; more get 429")
+    shed_above: int = _within(0, 0, 1_000_000, "images admitted above which maps are left out; 0: half of MAX_QUEUE")
     max_delay_ms: float = _within(0.0, 0.0, 1000.0, "how long a free device waits for a fuller batch")
     decode_workers: int = _within(2, 1, 64, "threads that decode images")
     timeout_ms: int = _within(30_000, 1, 3_600_000, "deadline of a request that names none")
     max_timeout_ms: int = _within(120_000, 1, 3_600_000, "longest deadline a request may name")
+    max_bodies_bytes: int = _within(500_000_000, 1, 2**40, "JSON and tensor bodies in memory at once; more get 429")
+    body_timeout_ms: int = _within(30_000, 1, 3_600_000, "time a request's body has to arrive")
+    drain_ms: int = _within(1000, 0, 600_000, "how long a stopping worker says 503 on /readyz and still accepts")
+    api_keys: str = _matching("", LINE, KEYS, "keys that may call; none: everybody may")
+    api_keys_file: str = _matching("", LINE, "a file", "the same, one key a line")
+    admin_keys: str = _matching("", LINE, KEYS, "keys that may load and unload models; none: nobody may")
+    admin_keys_file: str = _matching("", LINE, "a file", "the same, one key a line")
+    allow_anonymous: bool = _switch(False, "answer without keys although bound to more than loopback")
+    guard_metrics: bool = _switch(False, "/metrics and /docs.json need a key as well")
+    audit_log: str = _matching("", LINE, "a file", "JSON lines, one for each image answered; none by default")
+    audit_required: bool = _switch(
+        False, "503 audit_unavailable where the audit log cannot be written; else the answer goes out"
+    )
+    grpc_port: int = _within(0, 0, 65535, "port of the Open Inference Protocol over gRPC; 0: it is off")
 
     def __post_init__(self) -> None:
         if self.max_queue < self.max_images:
@@ -65,6 +90,29 @@ class Settings:
             )
 
     @property
+    def batch_pixels(self) -> int:
+        """Most input pixels in one device call. On a CPU larger ones cost more an image: their activations, above
+        malloc's 32 MiB, are mapped and cleared anew each time."""
+        return self.max_batch_pixels or (400_000 if self.device == "cpu" else 2_000_000)
+
+    @property
+    def shed_bound(self) -> int:
+        """Images admitted and not yet answered above which maps are left out."""
+        return self.shed_above or self.max_queue // 2
+
+    @property
+    def entries(self) -> list[tuple[str, str | None]]:
+        """What to serve: (name, version or None), the default model first. `*` is looked up in `models_dir`."""
+        texts = [self.model, *filter(None, self.models.split(","))]
+        if self.models == "*":
+            texts = [self.model, *sorted(p.name for p in self.models_dir.glob("*") if re.fullmatch(NAME, p.name))]
+        chosen: dict[str, str | None] = {}
+        for text in texts:
+            name, _, version = text.partition("/")
+            chosen.setdefault(name, version or None)
+        return list(chosen.items())
+
+    @property
     def image_limits(self) -> ImageLimits:
         return ImageLimits(self.max_image_bytes, self.max_image_pixels)
 
@@ -72,6 +120,11 @@ class Settings:
     def max_body_bytes(self) -> int:
         """Images times bytes, plus a little for part headers and option fields."""
         return self.max_images * (self.max_image_bytes + 4096) + 65536
+
+    @property
+    def max_memory_body_bytes(self) -> int:
+        """The longest body that is kept in memory: of the protocol routes, whose tensors are no files."""
+        return min(self.max_body_bytes, self.max_bodies_bytes)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":

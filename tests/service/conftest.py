@@ -29,7 +29,10 @@ class Home:
 
     @property
     def settings(self) -> dict[str, object]:
-        return {"models_dir": self.root / "models", "tables_dir": self.root / "tables", "model": "tiny", "threads": 1}
+        return {
+            "models_dir": self.root / "models", "tables_dir": self.root / "tables", "model": "tiny", "threads": 1,
+            "drain_ms": 0,
+        }  # fmt: skip
 
     def explainer(self) -> parchgrad.Explainer:
         model = parchgrad.load_model(self.root / "models" / "tiny")

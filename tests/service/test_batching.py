@@ -23,10 +23,13 @@ class Device:
     batches: list[list[int]] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     wrong_length: bool = False
+    memory: int = 100  # the largest batch it has memory for
 
     def run(self, jobs: Sequence[int]) -> list[int]:
         self.batches.append(list(jobs))
         self.gate.wait()
+        if len(jobs) > self.memory:
+            raise MemoryError
         if any(job < 0 for job in jobs):
             raise ValueError(f"bad {min(jobs)}")
         doubled = [2 * job for job in jobs]
@@ -193,6 +196,48 @@ def test_the_loop_runs_while_the_device_works(executor: ThreadPoolExecutor, devi
         assert not first.done()
         device.gate.set()
         assert await first == 0
+        await queue.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("memory", "batches"),
+    [(3, [[1, 2, 3, 4], [1, 2], [3, 4]]), (1, [[1, 2, 3, 4], [1, 2], [3, 4]])],
+    ids=["a half fits", "no half fits"],
+)
+def test_a_batch_without_memory_is_halved_once(
+    executor: ThreadPoolExecutor, device: Device, memory: int, batches: list[list[int]]
+) -> None:
+    async def scenario() -> None:
+        queue = batcher(device, executor)
+        first = await busy(queue, device)
+        others = [asyncio.ensure_future(queue.submit(i, FOREVER)) for i in range(1, 5)]
+        await asyncio.sleep(0)
+        device.memory = memory
+        device.gate.set()
+        results = await asyncio.gather(first, *others, return_exceptions=True)
+        if memory >= 2:
+            assert results == [0, 2, 4, 6, 8]
+        else:
+            assert results[0] == 0
+            assert {type(result) for result in results[1:]} == {MemoryError}
+        assert device.batches[1:] == batches
+        device.memory = 100
+        assert await queue.submit(5, FOREVER) == 10  # and afterwards all is well
+        await queue.close()
+
+    run(scenario)
+
+
+def test_a_single_job_without_memory_is_tried_once_more(executor: ThreadPoolExecutor, device: Device) -> None:
+    async def scenario() -> None:
+        queue = batcher(device, executor)
+        device.memory = 0
+        device.gate.set()
+        with pytest.raises(MemoryError):
+            await queue.submit(1, FOREVER)
+        assert device.batches == [[1], [1]]
         await queue.close()
 
     run(scenario)

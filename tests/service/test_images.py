@@ -325,6 +325,34 @@ def test_flipped_bytes_are_decoded_or_refused() -> None:
     assert seen <= STATUS.keys()
 
 
+@pytest.mark.parametrize(("side", "megabytes"), [(9000, 10), (65_535, 10)])
+def test_a_gif_frame_larger_than_its_screen_is_refused_unread(tmp_path: Path, side: int, megabytes: int) -> None:
+    """Found by fuzzing: with a disposal method, Pillow fills the frame, here 81 MB, while it reads the header."""
+    disposal = b"!\xf9\x04\x08\0\0\0\0"
+    frame = b"," + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x08\x01\0\0;"
+    data = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x80, 0, 0) + b"\1\2\3\4\5\6" + disposal + frame
+    assert refusal(data).code == "image_too_many_pixels"
+    (tmp_path / "large.gif").write_bytes(data)
+    assert decoding_megabytes(tmp_path / "large.gif") < megabytes
+
+
+DAMAGED_TAGS = """
+import struct
+import PIL.TiffImagePlugin
+from service.images import ImageError, ImageLimits, decode
+entries = b"".join(struct.pack("<HHII", 1000 + tag, 2, 9999, 9999) for tag in range(100))
+try: decode(b"II*\\0" + struct.pack("<IH", 8, 100) + entries + bytes(4), ImageLimits(10**6, 10**6))
+except ImageError: pass
+print(len(getattr(PIL.TiffImagePlugin, "__warningregistry__", {}).keys() - {"version"}))
+"""
+
+
+def test_pillow_s_warnings_are_not_kept() -> None:
+    """Found by fuzzing: Python remembers each text warned of, and a file's bytes choose the texts."""
+    run = subprocess.run([sys.executable, "-c", DAMAGED_TAGS], cwd=PROJECT_ROOT, capture_output=True, check=True)
+    assert (run.stdout, run.stderr) == (b"0\n", b"")
+
+
 def test_pillow_s_switches_are_not_asked() -> None:
     """A lower MAX_IMAGE_PIXELS of somebody else's neither warns nor refuses."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 10

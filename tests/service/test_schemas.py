@@ -1,12 +1,38 @@
-"""service/schemas.py: options from text; service/answers.py: what Accept chooses and how maps are packed."""
+"""service/schemas.py: options from text, their bounds, and what is said of a wrong one."""
 
-import numpy as np
+import ast
+import inspect
+import math
+import re
+from typing import Any
+
+import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from service.answers import accepted, quantised
-from service.errors import STATUS, ServiceError, from_exception
-from service.openapi import document
-from service.schemas import OPTIONS, parse_options
+from parchgrad import options as library
+from parchgrad.errors import OptionError
+from parchgrad.rule import CONSERVE
+from parchgrad.tables import SELECTIONS, Defaults
+from service import schemas
+from service.errors import ServiceError
+from service.schemas import (
+    OPTIONS,
+    REQUEST_OPTIONS,
+    Drawing,
+    ExplainWhen,
+    ImageOptions,
+    option_bounds,
+    option_defaults,
+    parse_options,
+    take_model,
+)
+
+
+def parsed(**texts: str) -> ImageOptions:
+    (one,) = parse_options({name: [text] for name, text in texts.items()}, 1, "explain")
+    return one
 
 
 def refused(fields: dict[str, list[str]], images: int = 1, route: str = "explain") -> ServiceError:
@@ -16,46 +42,112 @@ def refused(fields: dict[str, list[str]], images: int = 1, route: str = "explain
     return caught.value
 
 
+def test_nothing_given_is_nothing_asked() -> None:
+    assert parsed() == ImageOptions(explain={}, drawing=Drawing())
+
+
+def test_every_option_arrives_where_it_belongs() -> None:
+    one = parsed(
+        top_k="3", timeout_ms="100", explain_timeout_ms="50", explain_when="always", target="tench",
+        method="smoothgrad", rule="false", quantile="0.25", gamma="inf", selection="instance", conserve="exact",
+        layers="features.*, fc", normality_filter="1", seed="logit", steps="100", samples="7", noise="0.5",
+        noise_seed="9223372036854775807", saliency="list", polarity="negative", colormap="viridis", overlay="none",
+        clip_lower="62", clip_upper="99.9", outline="true",
+    )  # fmt: skip
+    assert one == ImageOptions(
+        explain={
+            "method": "smoothgrad", "rule": False, "quantile": 0.25, "gamma": math.inf, "selection": "instance",
+            "conserve": "exact", "layers": ("features.*", "fc"), "normality_filter": True, "seed": "logit",
+            "steps": 100, "samples": 7, "noise": 0.5, "noise_seed": 2**63 - 1,
+        },
+        drawing=Drawing("viridis", "none", 62.0, 99.9, True),
+        target="tench", top_k=3, timeout_ms=100, explain_timeout_ms=50, saliency="list", polarity="negative",
+    )  # fmt: skip
+    assert parsed(alpha="0.05").explain == {"alpha": 0.05}
+
+
 def test_one_value_is_for_all_and_one_each_is_for_each() -> None:
     options = parse_options({"method": ["gradient"], "quantile": ["0.1", "0.2"], "gamma": ["inf", "3"]}, 2, "explain")
     assert [one.explain for one in options] == [
-        {"method": "gradient", "quantile": 0.1, "gamma": float("inf")},
+        {"method": "gradient", "quantile": 0.1, "gamma": math.inf},
         {"method": "gradient", "quantile": 0.2, "gamma": 3.0},
     ]
 
 
-def test_layers_are_comma_separated_globs() -> None:
-    (options,) = parse_options({"layers": ["features.*, classifier"]}, 1, "explain")
-    assert options.explain == {"layers": ("features.*", "classifier")}
-
-
 def test_top_targets() -> None:
-    assert parse_options({"target": ["top:3"]}, 1, "explain")[0].top_targets == 3
-    assert parse_options({}, 1, "explain")[0].top_targets is None
+    assert parsed(target="top:3").top_targets == 3
+    assert parsed().top_targets is None
+
+
+@pytest.mark.parametrize(
+    ("text", "condition"),
+    [
+        ("always", None),
+        ("confidence<0.6", ExplainWhen(confidence_below=0.6)),
+        ("class:217|tench|maillot, tank suit", ExplainWhen(classes=("217", "tench", "maillot, tank suit"))),
+        ("sample:0.05", ExplainWhen(sample_rate=0.05)),
+        ("sample:0", ExplainWhen(sample_rate=0.0)),
+        ("sample:1;class:3;confidence<1", ExplainWhen(1.0, ("3",), 1.0)),
+    ],
+)
+def test_explain_when(text: str, condition: ExplainWhen | None) -> None:
+    assert parsed(explain_when=text).explain_when == condition
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "never", "confidence<", "confidence<0", "confidence<1.5", "confidence<nan", "confidence>0.5", "sample:",
+        "sample:-0.1", "sample:2", "sample: 0.5", "class:", "class:a||b", "sample:0.1;", "always;sample:1",
+        "sample:0.1;sample:0.2", "class:1;class:2",
+    ],
+)  # fmt: skip
+def test_explain_when_refuses(text: str) -> None:
+    error = refused({"explain_when": [text]})
+    assert error.message.startswith(
+        f"Option 'explain_when' is {text!r}; allowed: always, or one or more of confidence<"
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "code", "words"),
     [
         ({"quantil": ["0.1"]}, "unknown_field", "'quantil' is not an option of /explain; its options are top_k,"),
-        ({"outline": ["1"]}, "option_unsupported", "'outline' is not supported yet"),
-        ({"quantile": ["a lot"]}, "option_invalid", "Option 'quantile' is 'a lot'; allowed: a number."),
-        ({"gamma": ["big"]}, "option_invalid", "allowed: a number, or inf."),
+        ({"quantil": ["0.1"]}, "unknown_field", "outline, model, version."),
+        ({"quantile": ["a lot"]}, "option_invalid", "Option 'quantile' is 'a lot'; allowed: a number in (0, 1]."),
+        ({"quantile": ["0"]}, "option_invalid", "Option 'quantile' is '0'; allowed: a number in (0, 1]."),
+        ({"alpha": ["1.01"]}, "option_invalid", "Option 'alpha' is '1.01'; allowed: a number in (0, 1]."),
+        ({"gamma": ["big"]}, "option_invalid", "allowed: a number in [0, 1000000], or inf."),
+        ({"gamma": ["-inf"]}, "option_invalid", "allowed: a number in [0, 1000000], or inf."),
         ({"top_k": ["0"]}, "option_invalid", "Option 'top_k' is '0'; allowed: an integer in 1..1000000."),
-        ({"top_k": ["٣"]}, "option_invalid", "allowed: an integer"),
-        ({"timeout_ms": ["1e3"]}, "option_invalid", "allowed: an integer"),
-        ({"target": ["top:0"]}, "option_invalid", "Option 'target' is 'top:0'; allowed: top:k with k in 1..20."),
-        ({"target": [""]}, "option_invalid", "allowed: not empty"),
+        ({"timeout_ms": ["1e3"]}, "option_invalid", "allowed: an integer in 1..3600000."),
+        ({"explain_timeout_ms": ["0"]}, "option_invalid", "allowed: an integer in 1..3600000."),
+        ({"steps": ["101"]}, "option_invalid", "Option 'steps' is '101'; allowed: an integer in 1..100."),
+        ({"samples": ["0"]}, "option_invalid", "Option 'samples' is '0'; allowed: an integer in 1..100."),
+        ({"noise": ["11"]}, "option_invalid", "Option 'noise' is '11'; allowed: a number in [0, 10]."),
+        ({"noise_seed": ["9223372036854775808"]}, "option_invalid", "allowed: an integer in 0..9223372036854775807."),
+        ({"normality_filter": ["yes"]}, "option_invalid", "allowed: true, false, 1 or 0."),
+        ({"target": ["top:0"]}, "option_invalid", "Option 'target' is 'top:0'; allowed: a class index, a class name, "),
+        ({"target": ["top:21"]}, "option_invalid", "or top:k with k in 1..20."),
+        ({"target": [""]}, "option_invalid", "Option 'target' is ''; allowed: a class index"),
+        ({"method": ["lrp"]}, "option_invalid", "allowed: gradient, input_x_gradient, integrated_gradients,"),
+        ({"seed": ["softmax"]}, "option_invalid", "allowed: logit, probability_weighted_logit."),
+        ({"selection": ["both"]}, "option_invalid", "allowed: class, instance."),
+        ({"conserve": [""]}, "option_invalid", "Option 'conserve' is ''; allowed: independent, exact, none."),
         ({"saliency": ["jpeg"]}, "option_invalid", "allowed: uint8, float16, float32, list, png, none."),
         ({"overlay": ["red"]}, "option_invalid", "allowed: none, original, grayscale, mask_black."),
+        ({"colormap": ["Inferno"]}, "option_invalid", "allowed: inferno, magma,"),
         ({"polarity": ["up"]}, "option_invalid", "allowed: positive, negative, both."),
-        ({"rule": ["yes"]}, "option_invalid", "allowed: true, false, 1 or 0."),
-        ({"clip_upper": ["101"]}, "option_invalid", "allowed: a percentile in [0, 100]."),
-        ({"clip_upper": ["nan"]}, "option_invalid", "allowed: a percentile in [0, 100]."),
-        ({"clip_lower": ["99.9"]}, "option_invalid", "allowed: less than clip_upper, 99.5."),
-        ({"layers": ["a,,b"]}, "option_invalid", "comma-separated"),
+        ({"outline": ["yes"]}, "option_invalid", "Option 'outline' is 'yes'; allowed: true, false, 1 or 0."),
+        ({"rule": ["True"]}, "option_invalid", "allowed: true, false, 1 or 0."),
+        ({"clip_upper": ["101"]}, "option_invalid", "allowed: a number in [0, 100]."),
+        ({"clip_lower": ["99.9"]}, "option_invalid", "'clip_lower' is 99.9; allowed: less than clip_upper, 99.5."),
+        ({"layers": ["a,,b"]}, "option_invalid", "allowed: comma-separated layer names or glob patterns."),
         ({"quantile": ["0.1"], "alpha": ["0.1"]}, "option_invalid", "exclude each other"),
         ({"quantile": ["0.1", "0.2"]}, "option_invalid", "given 2 times; allowed: once, or once for each of 1 images."),
+        ({"model": ["tiny"]}, "unknown_field", "'model' is not an option"),
+        ({"x" * 100: ["1"]}, "unknown_field", f"Field '{'x' * 64}' is not"),
+        ({"method": ["x" * 100]}, "option_invalid", f"Option 'method' is '{'x' * 64}'; allowed"),
     ],
 )  # fmt: skip
 def test_wrong_options_name_option_value_and_allowed(fields: dict[str, list[str]], code: str, words: str) -> None:
@@ -64,77 +156,183 @@ def test_wrong_options_name_option_value_and_allowed(fields: dict[str, list[str]
     assert words in error.message
 
 
-def test_predict_knows_only_its_own_options() -> None:
-    parse_options({"top_k": ["3"], "timeout_ms": ["100"]}, 1, "predict")
-    assert refused({"quantile": ["0.1"]}, route="predict").code == "unknown_field"
+NUMBERS = [
+    name for name, option in OPTIONS.items() if option.kind.schema.get("type", "number") in ("integer", "number")
+]
 
 
 @pytest.mark.parametrize(
-    ("header", "media_type"),
+    "text",
+    ["1_0", " 1", "1 ", "+1", "1\n", "٣", "²", "１", "nan", "NaN", "Infinity", "1e400", "-1e400", "0x1", "1.", ".5", "",
+     "--1", "1" * 5000],
+    ids=lambda text: ascii(text)[:12],
+)  # fmt: skip
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_plain_decimals(name: str, text: str) -> None:
+    assert refused({name: [text]}).code == "option_invalid"
+
+
+@pytest.mark.parametrize("name", ["quantile", "noise", "clip_lower", "top_k", "alpha"])
+def test_infinity_is_only_for_gamma(name: str) -> None:
+    assert refused({name: ["inf"]}).code == "option_invalid"
+    assert parsed(gamma="inf").explain == {"gamma": math.inf}
+
+
+@settings(deadline=None)
+@given(st.floats(min_value=1e-300, max_value=1.0))
+def test_a_number_written_by_python_is_read_exactly(value: float) -> None:
+    assert parsed(quantile=repr(value)).explain == {"quantile": value}
+
+
+def test_there_is_no_negative_zero() -> None:
+    assert math.copysign(1, parsed(gamma="-0").explain["gamma"]) == 1
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(OPTIONS)), st.text(max_size=20))
+def test_a_text_is_a_value_or_an_error_naming_the_option(name: str, text: str) -> None:
+    try:
+        OPTIONS[name].parse(text)
+    except ServiceError as error:
+        message = error.message
+    else:
+        return
+    assert message.startswith(f"Option '{name}' is {text!r}; allowed: ")
+
+
+def value_of(text: str) -> Any:
+    """What a JSON writer would have made of an option's text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, int | float) else text
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
     [
-        ("", "application/json"),
-        ("*/*", "application/json"),
-        ("image/png", "image/png"),
-        ("image/*", "image/png"),
-        ("application/x-npz", "application/x-npz"),
-        ("text/html, image/png;q=0.9, application/json;q=0.1", "image/png"),
-        ("application/json;q=0, */*", "image/png"),
-        ("application/*", "application/json"),
+        ("quantile", "1", "0"), ("quantile", "1e-9", "1.1"), ("gamma", "0", "-1"), ("gamma", "1000000", "1000001"),
+        ("gamma", "inf", "Inf"), ("steps", "100", "101"), ("noise_seed", "0", "-1"), ("top_k", "1", "0"),
+        ("clip_upper", "100", "100.1"), ("method", "gradient", "grad"), ("saliency", "png", "jpg"),
+    ],
+)  # fmt: skip
+def test_parser_and_schema_agree(name: str, good: str, bad: str) -> None:
+    option = OPTIONS[name]
+    option.parse(good)
+    jsonschema.validate(value_of(good), option.kind.schema)
+    with pytest.raises(ServiceError):
+        option.parse(bad)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(value_of(bad), option.kind.schema)
+
+
+def test_predict_knows_only_its_own_options() -> None:
+    parse_options({"top_k": ["3"], "timeout_ms": ["100"]}, 1, "predict")
+    error = refused({"quantile": ["0.1"]}, route="predict")
+    assert error.code == "unknown_field"
+    assert error.message.endswith("its options are top_k, timeout_ms, model, version.")
+
+
+# --- the whole request's ------------------------------------------------------------------------------------
+
+
+def test_model_and_version_are_taken_out() -> None:
+    fields = {"model": ["tiny"], "version": ["2"], "top_k": ["1"]}
+    assert take_model(fields) == ("tiny", "2")
+    assert fields == {"top_k": ["1"]}
+    assert take_model(fields) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": ["a", "a"]}, "Option 'model' is given 2 times; allowed: once."),
+        ({"model": [""]}, "Option 'model' is ''; allowed: a model's name."),
+        ({"version": [""]}, "Option 'version' is ''; allowed: a version of the model."),
     ],
 )
-def test_accept(header: str, media_type: str) -> None:
-    assert accepted(header) == media_type
+def test_model_and_version_come_once(fields: dict[str, list[str]], words: str) -> None:
+    with pytest.raises(ServiceError, match=re.escape(words)) as caught:
+        take_model(fields)
+    assert caught.value.code == "option_invalid"
 
 
-@pytest.mark.parametrize("header", ["text/html", "application/json;q=0", "image/png;q=x"])
-def test_nothing_acceptable(header: str) -> None:
-    with pytest.raises(ServiceError, match="answers are application/json, image/png, application/x-npz"):
-        accepted(header)
+# --- held to the library ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("uint8", 1 / 510), ("float16", 1e-3), ("float32", 0)])
-@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
-def test_quantised_maps_come_back(dtype: str, tolerance: float, size: float) -> None:
-    values = (np.random.default_rng(0).random((5, 7)) * size).astype(np.float32)
-    array, scale = quantised(values, dtype)
-    assert np.abs(array.astype(np.float64) * scale - values).max() <= tolerance * size * 1.001
-    assert array.dtype.byteorder in "<|="
+def test_names_are_the_librarys() -> None:
+    assert library.METHODS == schemas.METHODS
+    assert library.SEEDS == schemas.SEEDS
+    assert CONSERVE == schemas.CONSERVE
+    assert SELECTIONS == schemas.SELECTIONS
 
 
-def test_a_map_of_zeros_stays_zeros() -> None:
-    for dtype in ("uint8", "float16", "float32"):
-        array, scale = quantised(np.zeros((2, 2), np.float32), dtype)
-        assert not array.any()
-        assert np.isfinite(scale)
+def test_the_library_takes_every_bound_that_an_option_takes() -> None:
+    for name in library.Options.__dataclass_fields__.keys() & OPTIONS.keys():
+        schema = OPTIONS[name].kind.schema
+        for part in schema.get("anyOf", [schema]):
+            for value in (part.get("minimum"), part.get("maximum")):
+                if value is not None:
+                    library.Options(**{name: value})
+    for name in ("quantile", "alpha"):  # open at zero, in both
+        with pytest.raises(OptionError):
+            library.Options(**{name: 0})
 
 
-def test_an_unforeseen_error_tells_nothing() -> None:
-    error = from_exception(KeyError("/secret/path"))
-    assert (error.code, error.status) == ("internal", 500)
-    assert "secret" not in error.message
+def test_defaults_are_those_of_the_library_and_of_the_dataclasses() -> None:
+    for name in ("method", "rule", "seed", "steps", "samples", "noise", "noise_seed"):
+        assert OPTIONS[name].default == getattr(library.Options(), name), name
+    for name in ("colormap", "overlay", "clip_lower", "clip_upper", "outline"):
+        assert OPTIONS[name].default == getattr(Drawing(), name), name
+    for name in ("target", "saliency", "polarity"):
+        assert OPTIONS[name].default == getattr(ImageOptions(), name), name
 
 
-def test_the_document_lists_every_option_and_code() -> None:
-    described = document()
-    form = described["paths"]["/explain"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert set(form["properties"]) == {"image", *OPTIONS}
-    responses = described["paths"]["/explain"]["post"]["responses"]
-    for code, status in STATUS.items():
-        assert code in responses[str(status)]["description"]
+def test_every_option_of_the_library_is_an_option_or_left_out_for_a_reason() -> None:
+    assert set(inspect.signature(library.Options).parameters) - set(OPTIONS) == set()
+
+
+def test_published_defaults_are_the_tables_before_ours() -> None:
+    table = Defaults(quantile=0.3, gamma=math.inf, layers=("a",)).to_json()
+    published = option_defaults(table, timeout_ms=500)
+    assert published["quantile"] == 0.3
+    assert published["gamma"] == "inf"
+    assert published["timeout_ms"] == 500
+    assert published["outline"] is False
+    assert published["explain_when"] == "always"
+    # The others have none: without explain_timeout_ms or alpha there is no such bound.
+    assert set(OPTIONS) - set(published) == {"explain_timeout_ms", "alpha"}
+    assert set(published) - set(OPTIONS) == set()
+
+
+def test_published_bounds_are_the_models() -> None:
+    bounds = option_bounds(10, ("features.3", "features.6"), 60_000)
+    assert set(bounds) == set(OPTIONS)
+    assert bounds["target"] == "an index in 0..9, a class name, predicted, or top:k with k in 1..10"
+    assert bounds["layers"] == "comma-separated names or glob patterns of features.3, features.6"
+    assert bounds["top_k"] == "an integer in 1..10"
+    assert bounds["timeout_ms"] == bounds["explain_timeout_ms"] == "an integer in 1..60000"
+    assert bounds["quantile"] == "a number in (0, 1]"
+    assert bounds["outline"] == "true, false, 1 or 0"
+
+
+def test_option_names_are_distinct() -> None:
+    assert not OPTIONS.keys() & REQUEST_OPTIONS.keys()
 
 
 def test_a_call_that_takes_many_passes_takes_fewer_images(home) -> None:
     """One device call cannot be interrupted, so its bound counts passes, not images alone."""
     import torch
 
-    from parchgrad.options import Options
     from service.engine import Engine, Explained, Job
     from service.settings import Settings
 
-    engine = Engine(Settings(**{name: value for name, value in home.settings.items() if name != "threads"}))
+    kept = {name: value for name, value in home.settings.items() if name != "threads"}
+    engine = Engine(Settings(**kept), "tiny", "1")
     image = torch.zeros(3, 300, 300)
-    single = Job(image, Explained(0, Options(), "mean_abs"))
-    many = Job(image, Explained(0, Options(method="integrated_gradients", steps=25), "mean_abs"))
+    single = Job(image, Explained(0, library.Options(), "mean_abs"))
+    many = Job(image, Explained(0, library.Options(method="integrated_gradients", steps=25), "mean_abs"))
     assert (single.passes, many.passes) == (1, 25)
     assert engine.capacity(single) == 22  # of 2,000,000 pixels
     assert engine.capacity(many) == 1

@@ -52,7 +52,9 @@ def test_errors_name_variable_value_and_allowed(variable: str, value: str, messa
 
 
 def test_a_variable_that_is_no_setting_is_refused() -> None:
-    with pytest.raises(SettingsError, match="PARCHGRAD_MAX_IMAGE='3': expected one of the settings PARCHGRAD_DECODE"):
+    with pytest.raises(
+        SettingsError, match="PARCHGRAD_MAX_IMAGE='3': expected one of the settings PARCHGRAD_ADMIN_KEYS, "
+    ):
         Settings.from_environment({"PARCHGRAD_MAX_IMAGE": "3"})
 
 

@@ -1,0 +1,277 @@
+"""The models this worker serves, each with its versions: loaded, found, replaced and given back while requests run.
+
+A version serves from the moment its golden image matched until its last request after retirement is answered, so
+that a reload drops nothing. Loading has a thread of its own; predictions and maps have one device thread each, so
+that no prediction waits behind an explanation of many passes.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from service import memory, metrics
+from service.batching import Batcher
+from service.engine import DeviceMemoryError, Engine, Job, Result
+from service.errors import ServiceError
+from service.settings import NAME, Settings
+
+log = logging.getLogger(__name__)
+
+READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"  # as Triton's repository index has them
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One line of the index; `version` is empty where none was found, `reason` says why one does not serve."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class Served:
+    """One version of a model at work, with its queues. Leases keep it until the requests that began with it end."""
+
+    def __init__(self, engine: Engine, predictions: Batcher[Job, Result], maps: Batcher[Job, Result]) -> None:
+        self.engine = engine
+        self._predictions, self._maps = predictions, maps
+        self._leases = 0
+        self._retired: asyncio.Event | None = None  # set once it is retired and the last lease has ended
+
+    @property
+    def name(self) -> str:
+        return self.engine.model.name
+
+    @property
+    def version(self) -> str:
+        return self.engine.model.version
+
+    async def submit(self, job: Job, deadline: float) -> Result:
+        """The job's result; see Batcher.submit. Predictions and maps queue apart."""
+        return await (self._predictions if job.explained is None else self._maps).submit(job, deadline)
+
+    @contextmanager
+    def lease(self) -> Iterator["Served"]:
+        self._leases += 1
+        try:
+            yield self
+        finally:
+            self._leases -= 1
+            if self._retired is not None and not self._leases:
+                self._retired.set()
+
+    async def retire(self) -> None:
+        """Wait until nobody uses it, then stop its queues. Whoever calls this has made it unfindable before."""
+        self._retired = asyncio.Event()
+        if self._leases:
+            await self._retired.wait()
+        await self._predictions.close()
+        await self._maps.close()
+
+
+class Repository:
+    """Which versions serve, by name. Used on the event loop, but for `load_first`, which is a thread's work."""
+
+    def __init__(self, settings: Settings, wishes: Mapping[str, bool] | None = None) -> None:
+        """`wishes`: models loaded (True) or unloaded since the service started, over what the settings name."""
+        self._settings = settings
+        self._entries = dict(settings.entries)  # versions pinned by the settings
+        for name, served in (wishes or {}).items():
+            if served:
+                self._entries.setdefault(name, None)
+            else:
+                self._entries.pop(name, None)
+        self.default = settings.entries[0][0]
+        self._served: dict[str, dict[str, Served]] = {}
+        self._states: dict[str, list[ModelState]] = {name: [ModelState(name, "", LOADING)] for name in self._entries}
+        self._loader = ThreadPoolExecutor(1, "load")
+        self._predict_lane = ThreadPoolExecutor(1, "predict")
+        self._map_lane = ThreadPoolExecutor(1, "maps")
+        self._changing = asyncio.Lock()  # one load or unload at a time: memory for one more version is enough
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    # --- asking ---------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that was to be served from the start is, or has been unloaded on purpose."""
+        return all(state.state == READY for states in self._states.values() for state in states)
+
+    @property
+    def loading(self) -> bool:
+        """Whether a model that was to be served from the start is still being loaded."""
+        return any(state.state == LOADING for states in self._states.values() for state in states)
+
+    @property
+    def failure(self) -> str | None:
+        """Why it is not ready, where a model failed."""
+        return next((s.reason for states in self._states.values() for s in states if s.state == UNAVAILABLE), None)
+
+    def states(self) -> list[ModelState]:
+        return [state for name in sorted(self._states) for state in self._states[name]]
+
+    def listing(self) -> list[Served]:
+        """All that serve, by name, newest version first."""
+        return [self._served[name][v] for name in sorted(self._served) for v in _newest_first(self._served[name])]
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a model that serve, newest first."""
+        return _newest_first(self._served.get(name, {}))
+
+    def require_any(self) -> None:
+        """Raises ServiceError(not_ready) while nothing serves at all."""
+        if not self._served:
+            raise ServiceError("not_ready", self.failure or "The model is still loading.")
+
+    @contextmanager
+    def use(self, name: str | None = None, version: str | None = None) -> Iterator[Served]:
+        """The version to answer a request with, kept until the request ends; None: the default, the newest.
+
+        Raises ServiceError: unknown_model, unknown_version, not_ready.
+        """
+        with self._find(name or self.default, version).lease() as served:
+            yield served
+
+    def _find(self, name: str, version: str | None) -> Served:
+        versions = self._served.get(name)
+        if not versions:
+            for state in self._states.get(name, ()):
+                raise ServiceError("not_ready", state.reason or f"Model '{name}' is still loading.")
+            there = ", ".join(f"'{one}'" for one in sorted(self._served)) or "none"
+            raise ServiceError("unknown_model", f"There is no model {name[:64]!r}; there is {there}.")
+        if version is None:
+            return versions[_newest_first(versions)[0]]
+        if version not in versions:
+            there = ", ".join(f"'{one}'" for one in _newest_first(versions))
+            raise ServiceError("unknown_version", f"Model '{name}' has no version {version[:64]!r}; it has {there}.")
+        return versions[version]
+
+    # --- changing -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load what the settings name."""
+        self._loader.submit(self._load_first)
+
+    def _load_first(self) -> None:
+        for name in self._entries:
+            try:
+                served = self._loaded(name)
+            except Exception as error:  # the worker stays alive to say on /readyz and in its log what is wrong
+                log.exception("Model '%s' was not loaded.", name)
+                reason = f"The model was not loaded: {error}"
+                self._states[name] = [ModelState(name, self._entries[name] or "", UNAVAILABLE, reason)]
+            else:
+                self._serve(name, served)
+        metrics.ready.set(int(self.ready))
+
+    async def load(self, name: str) -> None:
+        """Load a model's versions from the disk, or load them again; what served goes on until they are proven.
+
+        Raises ServiceError: unknown_model, load_failed. After a failure everything is as before.
+        """
+        async with self._changing:
+            self._folder_versions(name)
+            try:
+                served = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded, name)
+            except ServiceError:
+                raise
+            except Exception as error:
+                log.exception("Model '%s' was not loaded.", name)
+                raise ServiceError("load_failed", f"Model '{name}' was not loaded: {error}") from None
+            before = self._served.get(name, {})
+            self._serve(name, served)
+            metrics.ready.set(int(self.ready))
+            self._retire(before)
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model; requests that began before are answered. Raises ServiceError(unknown_model)."""
+        async with self._changing:
+            if name not in self._states:
+                raise ServiceError("unknown_model", f"There is no model {name[:64]!r} to unload.")
+            del self._states[name]
+            self._retire(self._served.pop(name, {}))
+
+    async def close(self) -> None:
+        """Stop all queues; what waits in them is cancelled."""
+        versions = [served for name in self._served for served in self._served[name].values()]
+        self._served.clear()
+        self._states.clear()
+        await asyncio.gather(*(served.retire() for served in versions), *self._retiring, return_exceptions=True)
+        for lane in (self._predict_lane, self._map_lane, self._loader):
+            lane.shutdown(wait=False, cancel_futures=True)
+
+    def _serve(self, name: str, served: dict[str, Served]) -> None:
+        self._served[name] = served
+        self._states[name] = [ModelState(name, version, READY) for version in _newest_first(served)]
+        for one in served.values():
+            metrics.model_info.labels(*_identity(one)).set(1)
+
+    def _retire(self, versions: dict[str, Served]) -> None:
+        for served in versions.values():
+            if not any(_identity(served) == _identity(other) for other in self.listing()):
+                metrics.model_info.labels(*_identity(served)).set(0)
+            task = asyncio.get_running_loop().create_task(_give_back(served))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    def _loaded(self, name: str) -> dict[str, Served]:
+        """The versions of a model that the settings ask for, each loaded and proven. Raises what goes wrong."""
+        return {version: self._made(name, version) for version in self._chosen_versions(name)}
+
+    def _made(self, name: str, version: str) -> Served:
+        settings = self._settings
+        engine = Engine(settings, name, version)
+        if settings.self_test:
+            engine.self_test()
+
+        def batcher(lane: ThreadPoolExecutor) -> Batcher[Job, Result]:
+            return Batcher(
+                engine.run,
+                lambda job: job.group,
+                lane,
+                capacity=engine.capacity,
+                max_queue=settings.max_queue,
+                max_delay=settings.max_delay_ms / 1000,
+                out_of_memory=DeviceMemoryError,
+            )
+
+        return Served(engine, batcher(self._predict_lane), batcher(self._map_lane))
+
+    def _chosen_versions(self, name: str) -> list[str]:
+        there = self._folder_versions(name)
+        if pinned := self._entries.get(name):
+            if pinned not in there:
+                raise ServiceError("unknown_version", f"Model '{name}' has no version '{pinned}' in the repository.")
+            return [pinned]
+        return there if self._settings.versions == "all" else there[:1]
+
+    def _folder_versions(self, name: str) -> list[str]:
+        """Version folders of a model, newest first. Raises ServiceError(unknown_model) where there is none."""
+        if not re.fullmatch(NAME, name):
+            raise ServiceError("unknown_model", f"There is no model {name[:64]!r} in the repository.")
+        folder = self._settings.models_dir / name
+        found = [p.name for p in folder.iterdir() if re.fullmatch("[1-9][0-9]*", p.name)] if folder.is_dir() else []
+        if not found:
+            raise ServiceError("unknown_model", f"There is no model '{name}' in the repository.")
+        return sorted(found, key=int, reverse=True)
+
+
+def _newest_first(versions: dict[str, Served]) -> list[str]:
+    return sorted(versions, key=int, reverse=True)
+
+
+def _identity(served: Served) -> tuple[str, str, str, str]:
+    engine = served.engine
+    return served.name, served.version, engine.model.weights_sha256, engine.table.table_sha256
+
+
+async def _give_back(served: Served) -> None:
+    """Let the last requests end, then drop everything and return the memory."""
+    await served.retire()
+    del served
+    await asyncio.to_thread(memory.give_back)

@@ -1,0 +1,79 @@
+"""service/engine.py: one call of the device, and its want of memory told apart from other failures."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from parchgrad.errors import ModelError, TableError
+from service.engine import DeviceMemoryError, Engine, Job
+from service.settings import Settings
+from tests.service.conftest import Home, picture
+
+
+@pytest.fixture
+def settings(home: Home) -> Settings:
+    return Settings(models_dir=home.root / "models", tables_dir=home.root / "tables", model="tiny")
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Engine:
+    return Engine(settings, "tiny", "1")
+
+
+@pytest.fixture
+def job(engine: Engine) -> Job:
+    return Job(engine.model.preprocessing.apply(picture())[0])
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    return predict
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_want_of_memory_has_an_error_of_its_own(
+    engine: Engine, job: Job, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.explainer, "predict", raising(error))
+    with pytest.raises(DeviceMemoryError, match="memory for 2 images"):
+        engine.run([job, job])
+    monkeypatch.undo()
+    assert len(engine.run([job, job])) == 2
+
+
+def test_other_failures_stay_what_they_are(engine: Engine, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.explainer, "predict", raising(RuntimeError("a shape that does not fit")))
+    with pytest.raises(RuntimeError, match="a shape that does not fit"):
+        engine.run([job])
+
+
+def test_a_real_allocation_too_large_is_want_of_memory(
+    engine: Engine, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.explainer, "predict", lambda images: torch.empty(1 << 50))
+    with pytest.raises(DeviceMemoryError):
+        engine.run([job])
+
+
+def test_a_folder_of_another_model_is_refused(settings: Settings, home: Home, tmp_path: Any) -> None:
+    import shutil
+
+    shutil.copytree(home.root / "models" / "tiny", tmp_path / "models" / "renamed")
+    shutil.copytree(home.root / "tables" / "tiny", tmp_path / "tables" / "renamed")
+    moved = Settings(models_dir=tmp_path / "models", tables_dir=tmp_path / "tables", model="renamed")
+    with pytest.raises(ModelError, match="'renamed/1' holds model 'tiny'"):
+        Engine(moved, "renamed", "1")
+    with pytest.raises(TableError):
+        Engine(Settings(models_dir=home.root / "models", tables_dir=tmp_path / "none", model="tiny"), "tiny", "1")
