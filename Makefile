@@ -53,6 +53,7 @@ clean:  ## remove what the other targets made
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 lock:  ## write requirements.lock from what .venv holds
-	{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable --exclude parchgrad; \
+	{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable --exclude parchgrad \
+	    | sed 's/^atheris==.*/&; sys_platform == "linux" and platform_machine == "x86_64" and python_version < "3.12"/'; \
 	  $(BIN)/python -m pip freeze --all | grep -E '^(setuptools|wheel)=='; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock

@@ -336,9 +336,7 @@ def network_of(model: TableModel | nn.Module) -> nn.Module:
     return model if isinstance(model, nn.Module) else model.module
 
 
-def load_table(
-    path: str | os.PathLike[str], model: TableModel | None = None, *, mapped: bool = True
-) -> SelectionTable:
+def load_table(path: str | os.PathLike[str], model: TableModel | None = None, *, mapped: bool = True) -> SelectionTable:
     """Read and check the table at `path`: a version folder, or its parent (then the highest version).
 
     The tensors are mapped, so that only what is used takes memory; with `mapped=False` they are copied, and whoever

@@ -4,6 +4,7 @@ Limits of bytes hold before anything is kept, and one of time: a body that trick
 """
 
 import asyncio
+import errno
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -43,7 +44,7 @@ async def read_upload(request: Request, settings: Settings) -> Upload:
     """Read a multipart body, or one raw image; query parameters become fields. Raises ServiceError."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     _check_encoding(request)
-    async with _deadline(settings):
+    async with _deadline(settings), _on_disk():
         if content_type == "multipart/form-data":
             body = _limited(request, settings.max_body_bytes)
             images, fields = await _multipart(request, body, settings.max_images)
@@ -136,6 +137,17 @@ async def _deadline(settings: Settings) -> AsyncGenerator[None, None]:
             yield
     except TimeoutError:
         raise ServiceError("deadline_exceeded", f"The body did not arrive in {milliseconds} ms.") from None
+
+
+@asynccontextmanager
+async def _on_disk() -> AsyncGenerator[None, None]:
+    """A full disk, on which larger images wait, has an error of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ServiceError("storage_full", "The service's disk has no room for the images of this request.") from None
 
 
 async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:

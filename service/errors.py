@@ -38,6 +38,7 @@ STATUS = {
     "map_shed": 503,
     "out_of_memory": 503,
     "audit_unavailable": 503,
+    "storage_full": 503,
     "deadline_exceeded": 504,
 }
 

@@ -70,6 +70,7 @@ MESSAGES = {
     "map_shed": "More than 128 images or maps are waiting.",
     "out_of_memory": "The device has not the memory for 1 images.",
     "audit_unavailable": "The audit log cannot be written.",
+    "storage_full": "The service's disk has no room for the images of this request.",
     "deadline_exceeded": "No answer within 30000 ms.",
 }
 

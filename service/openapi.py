@@ -45,7 +45,7 @@ IMAGES = (
     "image_too_many_pixels", "image_too_complex", "image_unsupported",
 )  # fmt: skip
 COMPUTED = ("unknown_field", "option_invalid", "queue_full", "out_of_memory", "audit_unavailable")
-NATIVE = (*KEYS, *NAMED, *BODY, *IMAGES, *COMPUTED, "not_acceptable")
+NATIVE = (*KEYS, *NAMED, *BODY, *IMAGES, *COMPUTED, "not_acceptable", "storage_full")
 EXPLAINED = ("unknown_class", "target_not_in_table", "map_not_finite", "map_shed")
 V1 = (*KEYS, "unknown_model", "not_ready", *BODY, *IMAGES, *COMPUTED)
 CHANGED = (*KEYS, *BODY, "unknown_field")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from parchgrad.errors import ParchGradError
 from service import memory, metrics
 from service.batching import Batcher
 from service.engine import DeviceMemoryError, Engine, Job, Result
@@ -163,7 +164,7 @@ class Repository:
                 served = self._loaded(name)
             except Exception as error:  # the worker stays alive to say on /readyz and in its log what is wrong
                 log.exception("Model '%s' was not loaded.", name)
-                reason = f"The model was not loaded: {error}"
+                reason = f"Model '{name}' was not loaded: {self._told(error)}"
                 self._states[name] = [ModelState(name, self._entries[name] or "", UNAVAILABLE, reason)]
             else:
                 self._serve(name, served)
@@ -182,7 +183,7 @@ class Repository:
                 raise
             except Exception as error:
                 log.exception("Model '%s' was not loaded.", name)
-                raise ServiceError("load_failed", f"Model '{name}' was not loaded: {error}") from None
+                raise ServiceError("load_failed", f"Model '{name}' was not loaded: {self._told(error)}") from None
             before = self._served.get(name, {})
             self._serve(name, served)
             metrics.ready.set(int(self.ready))
@@ -204,6 +205,15 @@ class Repository:
         await asyncio.gather(*(served.retire() for served in versions), *self._retiring, return_exceptions=True)
         for lane in (self._predict_lane, self._map_lane, self._loader):
             lane.shutdown(wait=False, cancel_futures=True)
+
+    def _told(self, error: Exception) -> str:
+        """What callers may know: where our folders are is nobody's business, nor what an unforeseen error says."""
+        if not isinstance(error, ParchGradError | ServiceError):
+            return f"{type(error).__name__}; the log says more."
+        text = str(error)
+        for folder in (self._settings.models_dir, self._settings.tables_dir):
+            text = text.replace(f"{folder}/", "")
+        return text
 
     def _serve(self, name: str, served: dict[str, Served]) -> None:
         self._served[name] = served
