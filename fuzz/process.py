@@ -20,6 +20,7 @@ INSTRUMENTED = [
     "tritonclient.utils",
 ]
 MOST_GROWTH_MB = 64  # what one case may add to the most memory ever allocated
+MOST_MEMORY_MB = 1024  # what all of them together may
 
 
 class Peak:
@@ -37,7 +38,7 @@ class Peak:
 def watched(check: Callable[[bytes], None]) -> Callable[[bytes], None]:
     """`check` that raises `FindingError` where one case costs much memory."""
     peak = Peak()
-    highest = peak()
+    start = highest = peak()
 
     def run(case: bytes) -> None:
         nonlocal highest
@@ -45,6 +46,8 @@ def watched(check: Callable[[bytes], None]) -> Callable[[bytes], None]:
         before, highest = highest, peak()
         if highest - before > MOST_GROWTH_MB:
             raise FindingError(f"One case took the memory from {before} MB to {highest} MB.")
+        if highest - start > MOST_MEMORY_MB:
+            raise FindingError(f"All cases together took the memory from {start} MB to {highest} MB.")
 
     return run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from parchgrad.errors import DataError
 
 DTYPES = {"uint8": "|u1", "float16": "<f2", "float32": "<f4"}  # of a map's bytes: little endian
+ENCODINGS = ("base64", "list")
 
 # What an explanation holds beside the options it was made with.
 _NOT_OPTIONS = ("status", "reason", "target", "saliency", "transform", "quality", "error")
@@ -124,7 +125,7 @@ def _shape_errors() -> Iterator[None]:
     """JSON of another shape fails in some lookup or conversion: each means that it is no answer."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
         reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise AnswerError(f"The JSON is not an answer of /predict or /explain: {reason}.") from error
 
@@ -172,7 +173,7 @@ def _explanation(entry: Mapping[str, Any]) -> Explanation:
         encoding=None if saliency is None else _text(saliency["dtype"]),
         options=options,
         transform=None if transform is None else _transform(transform),
-        quality=None if quality is None else Quality(quality.get("gini"), int(quality["identity_layers"])),
+        quality=None if quality is None else _quality(quality),
         error=_failure(entry.get("error")),
     )
 
@@ -183,10 +184,17 @@ def _transform(entry: Mapping[str, Any]) -> Transform:
     return Transform((width, height), int(entry["exif_orientation"]), (left, top, right, bottom))
 
 
+def _quality(entry: Mapping[str, Any]) -> Quality:
+    gini = entry.get("gini")
+    return Quality(None if gini is None else float(gini), int(entry["identity_layers"]))
+
+
 def read_map(entry: Mapping[str, Any]) -> NDArray[np.float32] | bytes:
     """Field `saliency` of an explanation: float32 `(h, w)`, or the bytes of a PNG. Raises AnswerError."""
     with _shape_errors():
         height, width = map(int, entry["shape"])
+        _known("encoding", entry["encoding"], ENCODINGS)
+        _known("dtype", entry["dtype"], ("float32",) if entry["encoding"] == "list" else (*DTYPES, "png"))
         if entry["encoding"] == "list":
             values = np.asarray(entry["data"], np.float64)
         else:
@@ -198,6 +206,11 @@ def read_map(entry: Mapping[str, Any]) -> NDArray[np.float32] | bytes:
             raise ValueError(f"a map of shape {height} x {width} has {values.size} values")
         # The product in float64, rounded once: exact for float32, whose scale is 1.
         return (values.reshape(height, width) * float(entry["scale"])).astype(np.float32)
+
+
+def _known(what: str, found: object, known: Collection[str]) -> None:
+    if found not in known:
+        raise ValueError(f"unknown {what} {found!r:.100}; known are {', '.join(known)}")
 
 
 def _decoded(data: str) -> bytes:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import os
 import random
+import re
+import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -21,7 +25,7 @@ from urllib.parse import quote
 from parchgrad import __version__
 from parchgrad.answers import AnswerError, Result, failed, read_answer
 from parchgrad.errors import OptionError, ParchGradError
-from parchgrad.uploads import Batch, Batches, ImageLike, batch_of_one, is_one
+from parchgrad.uploads import Batch, Batches, ImageLike, batch_of_one, check_several, is_one
 
 try:
     import httpx
@@ -58,6 +62,14 @@ class UnavailableError(ClientError):
     """No answer within the tries and the time there were; the message says what stood in the way."""
 
 
+class ApiKeyError(OptionError):
+    """The API key is none that a header can carry. Neither the message nor `value` holds it."""
+
+    def __init__(self, *_: object) -> None:  # pickled as an OptionError is, with its three values
+        super().__init__("api_key", "not shown", "one token of visible ASCII characters")
+        self.args = ("The API key is not one token of visible ASCII characters (it is not shown here).",)
+
+
 # --- one request and its answer ----------------------------------------------------------------------------
 
 # What is to be done next, the same for those that wait and those that are awaited: send this, or pause for so many
@@ -81,9 +93,10 @@ def _exchange(build: Callable[[float], httpx.Request], retries: int, timeout: fl
         pause = _pause(tried, outcome)
         again = isinstance(outcome, (httpx.Response, *_NO_ANSWER)) and tried <= retries
         if not again or time.monotonic() + pause > deadline:
-            often = "once" if tried == 1 else f"{tried} times"
+            tries = "1 try" if tried == 1 else f"{tried} tries"
             cause = outcome if isinstance(outcome, Exception) else None
-            raise UnavailableError(f"{request.url} was asked {often} within {timeout:g} s: {_said(outcome)}") from cause
+            late = f", the {timeout:g} s are too short for another" if again else ""
+            raise UnavailableError(_unavailable(_address(request.url), outcome, timeout, f"{tries}{late}")) from cause
         yield pause
 
 
@@ -103,19 +116,55 @@ def _retry_after(text: str) -> float:
     return 0.0
 
 
-def _said(outcome: httpx.Response | httpx.TransportError | None) -> str:
+def _unavailable(
+    address: str, outcome: httpx.Response | httpx.TransportError | None, timeout: float, tries: str
+) -> str:  # fmt: skip
+    """One sentence on what stood in the way."""
     if isinstance(outcome, httpx.Response):
-        return str(_refused(outcome))
-    return f"{type(outcome).__name__}: {outcome}."
+        return f"{address} is not available ({tries}): {_refused(outcome)}"
+    if isinstance(outcome, httpx.ConnectTimeout):
+        return f"{address} cannot be reached: no connection within {timeout:g} s ({tries})."
+    if isinstance(outcome, httpx.TimeoutException):
+        return f"{address} did not answer within {timeout:g} s ({tries})."
+    if isinstance(outcome, _NO_ANSWER) and not isinstance(outcome, httpx.ConnectError):
+        return f"{address} broke the connection before its answer was there: {_why(outcome)} ({tries})."
+    return f"{address} cannot be reached: {_why(outcome)} ({tries})."
+
+
+def _address(url: httpx.URL) -> str:
+    """Without a user's name and password."""
+    return f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"
+
+
+def _why(error: BaseException | None) -> str:
+    """The system's words for what httpx wraps; else httpx's own."""
+    inner = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno is not None:
+            own_numbers = isinstance(inner, ssl.SSLError | socket.gaierror)
+            return _lower_first(str(inner.strerror) if own_numbers else os.strerror(inner.errno))
+        inner = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner.__cause__ or inner.__context__
+    return _lower_first(str(error).rstrip(".")) or type(error).__name__
+
+
+def _lower_first(text: str) -> str:
+    return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
 
 def _refused(response: httpx.Response) -> RequestRefusedError:
     try:
         error = response.json()["error"]
-        return RequestRefusedError(response.status_code, str(error["code"]), str(error["message"]))
+        code, said = (_without_key(str(error[name]), response.request) for name in ("code", "message"))
     except (ValueError, LookupError, TypeError):  # a proxy's page, or another server altogether
-        said = " ".join(response.text[:200].split()) or response.reason_phrase
-        return RequestRefusedError(response.status_code, "", said)
+        page = " ".join(_without_key(response.text, response.request).split())
+        code, said = "", page[:200] or response.reason_phrase
+    return RequestRefusedError(response.status_code, code, said)
+
+
+def _without_key(text: str, request: httpx.Request) -> str:
+    """Pages that quote a request's headers are not to bring the API key into a log."""
+    key = request.headers.get("authorization", "").removeprefix("Bearer ")
+    return text.replace(key, "(the API key)") if key else text
 
 
 def _json(response: httpx.Response) -> Any:
@@ -125,7 +174,7 @@ def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError as error:
-        raise AnswerError(f"{response.url} did not answer JSON: {error}.") from error
+        raise AnswerError(f"{_address(response.url)} did not answer JSON: {error}.") from error
 
 
 # --- clients -----------------------------------------------------------------------------------------------
@@ -206,8 +255,16 @@ def _http_settings(
         raise OptionError("concurrency", concurrency, "an integer >= 1")
     headers = {"Accept": "application/json", "User-Agent": f"parchgrad/{__version__}"}
     if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
+        headers["Authorization"] = f"Bearer {_token(api_key)}"
     return {"base_url": url, "headers": headers, "transport": transport}
+
+
+def _token(api_key: object) -> str:
+    """The key without the blanks around it. Raises ApiKeyError: what a header cannot carry, httpx would quote."""
+    token = api_key.strip() if isinstance(api_key, str) else ""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ApiKeyError
+    return token
 
 
 @contextmanager
@@ -235,7 +292,7 @@ class Client:
 
     Args:
         url: the service's address, such as `http://127.0.0.1:3000`.
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token; blanks around it are not. Anything else that is no token is an ApiKeyError.
         model, version: the model to ask; by default the service's, and its newest version.
         retries: how often a request is sent again after 429 or 503, or where the connection was refused or broke
             before the answer was there. Nothing else is. What `Retry-After` says is waited, and a random pause that
@@ -344,6 +401,7 @@ class Client:
     def _each(
         self, path: str, images: Any, options: Mapping[str, Any], progress: Progress | None, show_progress: bool
     ) -> Iterator[Result]:  # fmt: skip
+        check_several(images)
         batches = Batches(images, self._session.options(options), self._run(self._session.limits()))
         stop, done = threading.Event(), 0
         asked: deque[Future[list[Result]]] = deque()
@@ -476,6 +534,7 @@ class AsyncClient:
     async def _each(
         self, path: str, images: Any, options: Mapping[str, Any], progress: Progress | None, show_progress: bool
     ) -> AsyncIterator[Result]:  # fmt: skip
+        check_several(images)
         batches = Batches(images, self._session.options(options), await self._run(self._session.limits()))
         done = 0
         asked: deque[asyncio.Task[list[Result]]] = deque()

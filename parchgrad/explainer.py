@@ -147,7 +147,7 @@ class Explainer:
             "noise": noise, "noise_seed": noise_seed,
         }  # fmt: skip
         options = per_image(len(images), self.table.defaults, given)
-        self._check_statistics(options)
+        self.require_statistics(options)
         chosen = self._target_indices(targets, len(images))
         plan = self._plan(options)
         if uncovered == "raise":
@@ -286,7 +286,8 @@ class Explainer:
             raise OptionError("images", images.dtype, f"{self._runtime.dtype}, as the model's weights")
         return images
 
-    def _check_statistics(self, options: list[Options]) -> None:
+    def require_statistics(self, options: Sequence[Options]) -> None:
+        """Raises OptionError where an option asks for statistics that the table does not hold."""
         if not self.table.normality_tested and any(o.normality_filter for o in options):
             raise OptionError("normality_filter", True, f"false: table '{self.table.name}' holds no normality test")
         if self.table.statistics_point != "convolution" and any(o.rule and o.selection == "instance" for o in options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections.abc import Sequence
 
@@ -24,9 +25,23 @@ def class_index(target: object, *names: Sequence[str]) -> int:
         number = _integer(target)
     if 0 <= number < len(names[0]):
         return number
+    similar = nearest(target, names[0]) if isinstance(target, str) else None
     raise UnknownTargetError(
-        "target", target, f"an index in 0..{len(names[0]) - 1} or a class name, such as {names[0][0]!r}"
+        "target", target, f"an index in 0..{len(names[0]) - 1} or a class name, such as {similar or names[0][0]!r}"
     )
+
+
+def nearest(text: str, names: Sequence[str]) -> str | None:
+    """The name most like `text`, or like one of its parts between commas, whatever the case; None if none is much.
+
+    So 'tench' finds 'tench, Tinca tinca'. Only the first 50 characters of `text` count: callers may send many.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        for form in (name, *name.split(",")):
+            known.setdefault(form.strip().casefold(), name)
+    found = difflib.get_close_matches(text[:50].casefold(), known, n=1)
+    return known[found[0]] if found else None
 
 
 def _integer(value: object) -> int:

@@ -1,33 +1,46 @@
 """A saved answer of the service made again: each map with its own options, and compared.
 
-What must be the same is compared before anything is computed: weights, table and image by their digests.
+What must be the same is compared before anything is computed: weights, table and image by their digests. Then all that
+an answer says but its request id is held to what comes out here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from parchgrad import __version__
-from parchgrad.answers import AnswerError, Explanation, Prediction, Result, encoded_as, read_answer
-from parchgrad.errors import DataError, OptionError, UncoveredTargetError
+from parchgrad.answers import AnswerError, Explanation, Prediction, Quality, Result, encoded_as, read_answer
+from parchgrad.errors import (
+    DataError,
+    ModelError,
+    OptionError,
+    ParchGradError,
+    TableError,
+    UncoveredTargetError,
+)
+from parchgrad.evaluation.maps import gini
 from parchgrad.explainer import Explainer
 from parchgrad.golden import MAP_TOLERANCE
 from parchgrad.models import Model, load_model
 from parchgrad.options import Options
-from parchgrad.preprocessing import decode_image
+from parchgrad.preprocessing import Placement, decode_image, exif_orientation
 from parchgrad.render import REDUCTION_OF_POLARITY
 from parchgrad.tables import load_table
+from parchgrad.versions import is_version
 
 # Relative L2 that the order of float32 sums may make: on the same versions and kind of device, where threads and batch
 # differ (measured up to 0.003), and on others, where a ReLU on the edge flips a path. Where it is another option, such
@@ -35,6 +48,7 @@ from parchgrad.tables import load_table
 SAME_SOFTWARE_TOLERANCE = 0.01
 OTHER_SOFTWARE_TOLERANCE = MAP_TOLERANCE
 PROBABILITY_TOLERANCE = 0.01
+BOX_TOLERANCE = 1e-6  # pixels of the original
 
 EQUAL, DIFFERENT, NO_MAP, NO_IMAGE = "equal", "different", "no map", "no image"
 
@@ -45,6 +59,8 @@ _OF_METHOD = {
     "noise": "smoothgrad",
     "noise_seed": "smoothgrad",
 }
+# Options without effect on a plain method, which its answer may leave out.
+_OF_RULE = {"quantile", "alpha", "gamma", "selection", "conserve", "layers", "normality_filter"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,8 @@ class Comparison:
     rank_correlation: Spearman's, of the pixels, the new map encoded as the answer's.
     probability_difference: the largest of the answer's classes.
     Figures are None where nothing was computed for them.
+    mismatches: what else the answer says otherwise: transform and quality, a clause each; with one it is `different`.
+    versions: a sentence where the answer's software or device is not what is here.
     """
 
     image: str  # its path, or the digest where there is none
@@ -70,6 +88,18 @@ class Comparison:
     tolerance: float | None = None
     rank_correlation: float | None = None
     probability_difference: float | None = None
+    mismatches: tuple[str, ...] = ()
+    versions: str = ""
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image as the model sees it: `pixels` `(1, 3, h, w)`."""
+
+    name: str
+    pixels: torch.Tensor
+    placement: Placement
+    orientation: int
 
 
 def replay(
@@ -85,26 +115,26 @@ def replay(
 
     Images are found by their digests, in any order; those of the answer that are not given are `no image`.
     `tolerance` is the relative L2 that two maps may be apart beside what the answer's encoding makes; by default
-    SAME_SOFTWARE_TOLERANCE where versions and device are the answer's, else OTHER_SOFTWARE_TOLERANCE. Raises
-    DataError where the file is no such answer, an image is not of it, or weights or table are not those it names;
-    ModelError, TableError where the model or its table is not there.
+    SAME_SOFTWARE_TOLERANCE where versions and device are the answer's, else OTHER_SOFTWARE_TOLERANCE; as much may the
+    Gini index be off. Raises DataError where the file is no such answer, an image is not of it, weights or table are
+    not those it names, or a class has another label; ModelError, TableError where the model or its table is not there.
     """
     whole = _read(Path(answer))
     results = read_answer(whole)
     files = _by_digest(images, results)
     model, explainer = _loaded(whole, Path(models_dir), Path(tables_dir), device)
+    others = _other_software(whole.get("software"), explainer)
     if tolerance is None:
-        same = whole.get("software") == _software(explainer)
-        tolerance = SAME_SOFTWARE_TOLERANCE if same else OTHER_SOFTWARE_TOLERANCE
+        tolerance = OTHER_SOFTWARE_TOLERANCE if others else SAME_SOFTWARE_TOLERANCE
+    versions = f"Versions differ ({others}): {tolerance:g} is allowed." if others else ""
     comparisons = []
     for result in results:
         if result.error is not None or result.image_sha256 not in files:
             comparisons += _without_image(result)
         else:
-            name, data = files[result.image_sha256]
-            pixels = model.preprocessing.apply(decode_image(data, name))[0][None]
-            comparisons += _compared(explainer, name, pixels, result, tolerance)
-    return comparisons
+            image = _prepared(model, *files[result.image_sha256])
+            comparisons += _compared(explainer, model.labels, image, result, tolerance)
+    return [replace(one, versions=versions) for one in comparisons]
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -144,9 +174,12 @@ def _loaded(whole: Mapping[str, Any], models_dir: Path, tables_dir: Path, device
         raise AnswerError(f"The answer does not name its model: it needs {', '.join(keys)}.")
     if not all(_is_folder_name(named[key]) for key in keys[:2]):
         raise AnswerError(f"The answer's model is {named['name']!r}, version {named['version']!r}: no folder's names.")
-    model = load_model(models_dir / named["name"] / named["version"])
+    inside = Path(named["name"]) / named["version"]
+    _check_version(models_dir / inside, f"Model '{named['name']}'", ModelError)
+    model = load_model(models_dir / inside)
     _check_digest(f"Model '{model.name}'", "weights_sha256", model.weights_sha256, named)
-    table = load_table(tables_dir / named["name"] / named["version"], model)
+    _check_version(tables_dir / inside, f"Table '{named['name']}'", TableError)
+    table = load_table(tables_dir / inside, model)
     _check_digest(f"Table '{table.name}'", "table_sha256", table.table_sha256, named)
     return model, Explainer(model, table, device)
 
@@ -155,14 +188,39 @@ def _is_folder_name(text: str) -> bool:
     return Path(text).name == text and text not in (".", "..")
 
 
+def _check_version(folder: Path, what: str, error: type[ParchGradError]) -> None:
+    """Raises `error`, naming the versions that are there."""
+    if not folder.is_dir():
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        there = sorted((p.name for p in beside if is_version(p.name)), key=int)
+        raise error(
+            f"{what} has no version {folder.name} in '{folder.parent}'; there are: {', '.join(there) or 'none'}."
+        )
+
+
 def _check_digest(what: str, name: str, found: str, named: Mapping[str, str]) -> None:
     if found != named[name]:
         raise DataError(f"{what}, version {named['version']}, has {name} {found}, the answer has {named[name]}.")
 
 
-def _software(explainer: Explainer) -> dict[str, str]:
-    """As the service says it in its answers."""
-    return {"parchgrad": __version__, "runtime": f"torch {torch.__version__}", "device": str(explainer.device)}
+def _other_software(found: object, explainer: Explainer) -> str:
+    """How the answer's software differs from what is here, in words; empty where it is the same."""
+    said = found if isinstance(found, dict) else {}
+    here = {"parchgrad": __version__, "runtime": f"torch {torch.__version__}", "device": str(explainer.device)}
+    words = {"parchgrad": "parchgrad ", "runtime": "", "device": "device "}
+    return "; ".join(
+        f"{words[name]}{said.get(name, f'{name} not said' if not words[name] else 'not said')}, here {value}"
+        for name, value in here.items()
+        if said.get(name) != value
+    )
+
+
+def _prepared(model: Model, name: str, data: bytes) -> _Image:
+    pixels, placement = model.preprocessing.apply(decode_image(data, name))
+    with PIL.Image.open(io.BytesIO(data)) as file:
+        if file.format != "TIFF":  # loading turns a TIFF and forgets its orientation; a PNG's may follow the pixels
+            file.load()
+        return _Image(name, pixels[None], placement, exif_orientation(file))
 
 
 def _without_image(result: Result) -> list[Comparison]:
@@ -174,22 +232,60 @@ def _without_image(result: Result) -> list[Comparison]:
 
 
 def _compared(
-    explainer: Explainer, name: str, pixels: torch.Tensor, result: Result, tolerance: float
+    explainer: Explainer, labels: Sequence[str], image: _Image, result: Result, tolerance: float
 ) -> list[Comparison]:
-    """One comparison for each explanation of the image `pixels` `(1, 3, h, w)`."""
-    probabilities = explainer.predict(pixels.to(explainer.device)).float().softmax(dim=1)[0].cpu().numpy()
+    """One comparison for each explanation of the image."""
+    targets = [one.target for one in result.explanations if one.target is not None]
+    _check_labels(labels, (*result.predictions, *targets))
+    probabilities = explainer.predict(image.pixels.to(explainer.device)).float().softmax(dim=1)[0].cpu().numpy()
     if not result.explanations:
         difference = _largest_difference(probabilities, result.predictions)
-        return [
-            _judged(Comparison(name, None, NO_MAP, "it is an answer of /predict", probability_difference=difference))
-        ]
+        reason = "it is an answer of /predict"
+        return [_judged(Comparison(image.name, None, NO_MAP, reason, probability_difference=difference))]
     comparisons = []
     for explanation in result.explanations:
         target = explanation.target
         difference = _largest_difference(probabilities, (*result.predictions, *([] if target is None else [target])))
-        bare = Comparison(name, target, NO_MAP, _why_none(explanation), probability_difference=difference)
-        comparisons.append(_judged(bare if bare.reason else _with_map(explainer, pixels, explanation, bare, tolerance)))
+        one = Comparison(
+            image.name,
+            target,
+            NO_MAP,
+            _why_none(explanation),
+            probability_difference=difference,
+            mismatches=_other_transform(explanation, image),
+        )
+        comparisons.append(
+            _judged(one if one.reason else _with_map(explainer, image.pixels, explanation, one, tolerance))
+        )
     return comparisons
+
+
+def _check_labels(labels: Sequence[str], classes: Iterable[Prediction]) -> None:
+    """Raises AnswerError for a class that the model does not have, or calls otherwise."""
+    for one in classes:
+        if not 0 <= one.index < len(labels):
+            raise AnswerError(f"The answer names class {one.index}; the model has 0..{len(labels) - 1}.")
+        if one.label != labels[one.index]:
+            raise AnswerError(
+                f"The answer calls class {one.index} {one.label!r:.100}, the model {labels[one.index]!r}."
+            )
+
+
+def _other_transform(explanation: Explanation, image: _Image) -> tuple[str, ...]:
+    """What the answer says otherwise of where the map lies. Raises AnswerError where a map comes without it."""
+    said, placement = explanation.transform, image.placement
+    if said is None:
+        if explanation.status == "ok":
+            raise AnswerError("An explanation of the answer has a map and no transform.")
+        return ()
+    found = []
+    if said.original_size != placement.original_size:
+        found.append(f"original_size is {list(said.original_size)}, here {list(placement.original_size)}")
+    if said.exif_orientation != image.orientation:
+        found.append(f"exif_orientation is {said.exif_orientation}, here {image.orientation}")
+    if not np.allclose(said.crop_box, placement.crop_box, rtol=0, atol=BOX_TOLERANCE):
+        found.append(f"crop_box is {list(said.crop_box)}, here {list(placement.crop_box)}")
+    return tuple(found)
 
 
 def _why_none(explanation: Explanation) -> str:
@@ -197,7 +293,8 @@ def _why_none(explanation: Explanation) -> str:
     if explanation.error is not None:
         return f"the map failed with {explanation.error.code}"
     if explanation.status != "ok":
-        return f"{explanation.status}: {explanation.reason}"
+        reason = str(explanation.reason).removeprefix("Not explained: ").rstrip(".")
+        return f"{explanation.status}: {reason}"
     if isinstance(explanation.saliency, bytes):
         return "the answer holds a picture, not the map's values (saliency=png)"
     return "" if explanation.saliency is not None else "the answer was asked for without its map (saliency=none)"
@@ -205,12 +302,7 @@ def _why_none(explanation: Explanation) -> str:
 
 def _largest_difference(probabilities: NDArray[np.float32], classes: Iterable[Prediction]) -> float:
     """NaN where the answer holds one."""
-    differences = [0.0]
-    for one in classes:
-        if not 0 <= one.index < len(probabilities):
-            raise AnswerError(f"The answer names class {one.index}; the model has 0..{len(probabilities) - 1}.")
-        differences.append(abs(float(probabilities[one.index]) - one.probability))
-    return float(np.max(differences))
+    return float(np.max([0.0, *(abs(float(probabilities[one.index]) - one.probability) for one in classes)]))
 
 
 def _with_map(
@@ -219,7 +311,7 @@ def _with_map(
     found = explanation.saliency
     assert isinstance(found, np.ndarray)
     assert explanation.encoding is not None
-    made = _made_again(explainer, pixels, explanation)
+    made, identity_layers = _made_again(explainer, pixels, explanation)
     if found.shape != made.shape:
         raise AnswerError(f"The answer's map has shape {found.shape}, the model's maps have {made.shape}.")
     sent = encoded_as(made, explanation.encoding)
@@ -231,7 +323,21 @@ def _with_map(
         quantisation=quantisation,
         tolerance=quantisation + tolerance,
         rank_correlation=_rank_correlation(found, sent),
+        mismatches=(*bare.mismatches, *_other_quality(explanation.quality, gini(made), identity_layers, tolerance)),
     )
+
+
+def _other_quality(said: Quality | None, index: float, identity_layers: int, tolerance: float) -> list[str]:
+    """What the answer says otherwise of the map; the Gini index may be off by `tolerance`. Raises AnswerError."""
+    if said is None:
+        raise AnswerError("An explanation of the answer has a map and no quality.")
+    found = []
+    claimed = math.nan if said.gini is None else said.gini  # of a map of zeros there is none
+    if not (abs(claimed - index) <= tolerance or (said.gini is None and math.isnan(index))):
+        found.append(f"gini is {claimed:.4g}, here {index:.4g}")
+    if said.identity_layers != identity_layers:
+        found.append(f"identity_layers is {said.identity_layers}, here {identity_layers}")
+    return found
 
 
 def _judged(one: Comparison) -> Comparison:
@@ -244,11 +350,18 @@ def _judged(one: Comparison) -> Comparison:
     if one.probability_difference is not None and not one.probability_difference <= PROBABILITY_TOLERANCE:
         differs = True
         reasons.append(f"a probability is off by {one.probability_difference:.3g}, allowed {PROBABILITY_TOLERANCE:g}")
-    return replace(one, status=DIFFERENT if differs else one.status, reason="; ".join(reasons))
+    reasons += one.mismatches
+    status = DIFFERENT if differs or one.mismatches else one.status
+    return replace(one, status=status, reason="; ".join(reasons))
 
 
-def _made_again(explainer: Explainer, pixels: torch.Tensor, explanation: Explanation) -> NDArray[np.float32]:
-    """The map `(h, w)` for the same target under the same options. Raises AnswerError where they make no sense."""
+def _made_again(
+    explainer: Explainer, pixels: torch.Tensor, explanation: Explanation
+) -> tuple[NDArray[np.float32], int]:
+    """The map `(h, w)` for the same target under the same options, and its identity layers.
+
+    Raises AnswerError where they make no sense.
+    """
     options, reduction = _options(explanation.options)
     if explanation.target is None:
         raise AnswerError("An explanation of the answer has a map and no target.")
@@ -258,17 +371,18 @@ def _made_again(explainer: Explainer, pixels: torch.Tensor, explanation: Explana
     except (OptionError, UncoveredTargetError) as error:
         raise AnswerError(f"The answer's options are none of this model's: {error}") from error
     saliency: NDArray[np.float32] = made.saliency(reduction)[0].float().cpu().numpy()
-    return saliency
+    return saliency, int(made.identity_layers[0])
 
 
 def _options(given: Mapping[str, Any]) -> tuple[Options, str]:
-    """An explanation's options, and the reduction of its polarity; all of them must be there, and no other."""
+    """An explanation's options, and the reduction of its polarity; all that had an effect must be there, no unknown."""
     names = {field.name for field in fields(Options)}
-    needed = (
-        names - {"quantile", "alpha"} - {name for name, method in _OF_METHOD.items() if given.get("method") != method}
-    )
-    missing = sorted((needed | {"polarity"}) - given.keys())
-    if missing or ("quantile" in given) == ("alpha" in given):
+    plain = given.get("rule") is False
+    optional = {name for name, method in _OF_METHOD.items() if given.get("method") != method}
+    optional |= _OF_RULE if plain else {"quantile", "alpha"}
+    missing = sorted((names - optional | {"polarity"}) - given.keys())
+    selecting = given.keys() & {"quantile", "alpha"}
+    if missing or len(selecting) > 1 or not (selecting or plain):
         what = ", ".join(missing) or "one of quantile and alpha"
         raise AnswerError(f"An explanation of the answer lacks what its map was made with: {what}.")
     unknown = sorted(given.keys() - names - {"polarity"})
@@ -280,7 +394,9 @@ def _options(given: Mapping[str, Any]) -> tuple[Options, str]:
         )
     chosen = {name: value for name, value in given.items() if name != "polarity"}
     try:
-        options = Options(**{**chosen, "layers": tuple(chosen["layers"])})
+        if "layers" in chosen:
+            chosen["layers"] = tuple(chosen["layers"])
+        options = Options(**chosen)
     except (OptionError, TypeError) as error:
         raise AnswerError(f"The answer's options make no sense: {error}") from error
     return options, REDUCTION_OF_POLARITY[given["polarity"]]

@@ -436,7 +436,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if manifest["format_version"] != FORMAT_VERSION:
         raise TableError(
             f"Table manifest '{path}' has format version {manifest['format_version']!r}; "
-            f"this library reads {FORMAT_VERSION}."
+            f"this library reads {FORMAT_VERSION}. Build it again: parchgrad table build NAME --data FOLDER."
         )
     if missing := [key for key in _REQUIRED_KEYS if key not in manifest]:
         raise TableError(f"Table manifest '{path}' has no '{missing[0]}'.")

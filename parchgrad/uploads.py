@@ -21,6 +21,7 @@ ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 
 REQUEST_BYTES = 16_000_000  # of images in one request of many; a larger image goes alone
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_ALLOWED = "a path, bytes, a PIL image or an array, or an iterable of them"
 
 
 # --- images ------------------------------------------------------------------------------------------------
@@ -33,11 +34,21 @@ def is_one(images: object) -> bool:
     return isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
 
 
+def check_several(images: object) -> None:
+    """Raises OptionError for what is no iterable of images: a single one, or an open file, whose lines are none."""
+    if is_one(images):
+        raise OptionError("images", f"one {type(images).__name__}", "an iterable of images")
+    if not isinstance(images, Iterable) or hasattr(images, "read"):
+        raise OptionError("images", type(images).__name__, _ALLOWED)
+
+
 def _encoded(image: object) -> bytes:
     """An image file's bytes; pictures and arrays are packed without loss. Raises DataError, OptionError."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
+        if str(image).startswith(("http://", "https://")):
+            raise DataError(f"Image '{image}' is an address, which is not fetched; give a path, or the file's bytes.")
         try:
             return Path(image).read_bytes()
         except OSError as error:
@@ -46,7 +57,7 @@ def _encoded(image: object) -> bytes:
         return _packed(Image.fromarray(_checked(image)))
     if isinstance(image, Image.Image):
         return _packed(image)
-    raise OptionError("images", type(image).__name__, "a path, bytes, a PIL image or an array, or an iterable of them")
+    raise OptionError("images", type(image).__name__, _ALLOWED)
 
 
 def _checked(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -30,6 +30,7 @@ DESCRIPTIONS = ("/metrics", "/docs.json")
 ADMIN_PREFIX = "/v2/repository/models/"  # load and unload; /v2/repository/index only lists
 
 KEY = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<digest>[0-9a-f]{64})(:(?P<rate>[1-9][0-9]{0,8}))?")
+NO_TOKEN = hashlib.sha256(b"").digest()  # what an unset variable gives when it is piped into sha256sum
 ALLOWED = "NAME:SHA256[:REQUESTS_PER_MINUTE] as `parchgrad key new NAME` prints it, comma-separated or one a line"
 
 
@@ -96,7 +97,9 @@ class Access:
 
     def _key(self, token: str | None) -> Key | None:
         """Compares with every key, each in constant time: how long it takes tells nothing about any of them."""
-        digest = hashlib.sha256((token or "").encode("utf-8", "surrogateescape")).digest()
+        if not token:
+            return None
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(key.digest, digest):
@@ -131,9 +134,14 @@ def _keys(variable: str, entries: Iterable[str], admin: bool, workers: int) -> I
         if match is None:
             shown = entry.partition(":")[0][:16] + ":..." if ":" in entry else "..."
             raise SettingsError(PREFIX + variable, shown, ALLOWED)
+        digest = bytes.fromhex(match["digest"])
+        if digest == NO_TOKEN:
+            raise SettingsError(
+                PREFIX + variable, match["name"] + ":...", "the SHA-256 of a token; this is that of an empty text"
+            )
         # Workers share nothing: each allows its part, so that together they never allow more than was said.
         rate = RateLimitItemPerMinute(max(1, int(match["rate"]) // workers)) if match["rate"] else None
-        yield Key(match["name"], bytes.fromhex(match["digest"]), admin, rate)
+        yield Key(match["name"], digest, admin, rate)
 
 
 def is_loopback(host: str) -> bool:

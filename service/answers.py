@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,6 +19,8 @@ from service.errors import ServiceError
 from service.pipeline import Outcome, best
 from service.schemas import (
     DEFAULT_TOP_K,
+    METHOD_OF,
+    OF_RULE,
     AnyExplanation,
     Dtype,
     ErrorBody,
@@ -46,9 +49,6 @@ MEDIA_TYPES = (JSON, PNG, NPZ)
 MAX_LIST_VALUES = 300_000  # one map of 512 x 512
 SMOOTH = 0.008  # of the picture's longer side: the map of single pixels is hard to see on a photograph
 _QUALITY = re.compile(r"0(\.[0-9]*)?|1(\.0*)?", re.ASCII)  # RFC 9110, 12.4.2
-
-# Of each method that averages over many points: the options that say over which.
-_OF_METHOD = {"integrated_gradients": ("steps",), "smoothgrad": ("samples", "noise", "noise_seed")}
 
 Clock = Callable[[], float]
 Array = np.ndarray[Any, Any]
@@ -247,19 +247,14 @@ def _or_none(value: float) -> float | None:
 def effective_options(options: "Options") -> dict[str, Any]:
     """Every option that took part in a map, as JSON has it."""
     quantile = options.quantile if isinstance(options.quantile, float | int) else dict(options.quantile)
-    return {
-        "method": options.method,
-        "rule": options.rule,
+    all_of_them = {field.name: getattr(options, field.name) for field in fields(options)} | {
         "quantile": None if options.alpha is not None else quantile,
-        "alpha": options.alpha,
         "gamma": "inf" if math.isinf(options.gamma) else options.gamma,
-        "selection": options.selection,
-        "conserve": options.conserve,
         "layers": list(options.layers),
-        "normality_filter": options.normality_filter,
-        "seed": options.seed,
-        **{name: getattr(options, name) for name in _OF_METHOD.get(options.method, ())},
     }
+    without_effect = {name for name, method in METHOD_OF.items() if method != options.method}
+    without_effect |= set() if options.rule else set(OF_RULE)
+    return {name: value for name, value in all_of_them.items() if name not in without_effect}
 
 
 def map_error(engine: Engine, result: Result) -> ServiceError | None:
@@ -269,7 +264,7 @@ def map_error(engine: Engine, result: Result) -> ServiceError | None:
         return ServiceError(
             "target_not_in_table",
             f"Table '{table.name}' has no row for class {result.target} ({label}); it covers {len(table.classes)} of "
-            f"{len(table.labels)} classes. selection=instance needs no row.",
+            f"{len(table.labels)} classes. selection=instance or rule=false needs no row.",
         )
     if not np.isfinite(result.saliency).all():
         return ServiceError("map_not_finite", "The map overflows float32 under these options; gamma may be too large.")

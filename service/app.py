@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -41,10 +41,12 @@ def error_body(path: str, error: ServiceError) -> dict[str, Any]:
     return {"error": {"code": error.code, "message": error.message}}
 
 
-def _from_status(path: str, status: int) -> ServiceError:
+def _from_status(method: str, path: str, status: int, headers: Mapping[str, str]) -> ServiceError:
+    """`headers`: of the answer that Starlette or BentoML would have given."""
+    allowed = ", ".join(sorted(filter(None, re.split("[, ]+", headers.get("allow", "")))))
     messages = {
         404: f"There is nothing at {path[:200]!r}.",
-        405: f"The method is not allowed at {path[:200]!r}.",
+        405: f"{method[:16]} is not allowed at {path[:200]!r}; use {allowed}.",
         500: "The service failed on this request; its log says why.",
         503: "The model is still loading, or did not load; the log says which.",
     }
@@ -59,7 +61,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    answer = _from_status(request.url.path, error.status_code)
+    answer = _from_status(request.method, request.url.path, error.status_code, Headers(error.headers))
     metrics.rejects.labels(answer.code).inc()
     return JSONResponse(error_body(request.url.path, answer), status_code=answer.status, headers=error.headers)
 
@@ -109,7 +111,7 @@ class Envelope:
                 if unread:  # uvicorn would read, and throw away, whatever the caller goes on sending
                     headers["Connection"] = "close"
                 if status >= 400 and headers.get("content-type", "").startswith("text/plain"):
-                    error = _from_status(scope["path"], status)
+                    error = _from_status(scope["method"], scope["path"], status, headers)
                     metrics.rejects.labels(error.code).inc()
                     replacement = json.dumps(error_body(scope["path"], error)).encode()
                     headers["content-type"], headers["content-length"] = "application/json", str(len(replacement))

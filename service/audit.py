@@ -1,18 +1,22 @@
 """The audit log: one JSON line for each image answered, written before its answer is sent. Never an image or a token.
 
-Whole lines only: the workers append to one file under its lock, and a line that did not fit is taken back.
+Whole lines only: the workers append to one file under its lock, and a line that did not fit is taken back. A file
+that is stuck (its lock is held, its file system hangs) is one that cannot be written: nobody waits for it for long.
 """
 
 import asyncio
+import errno
 import fcntl
 import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +35,9 @@ if TYPE_CHECKING:  # the pipeline knows the log; the log knows of it the shapes 
 log = logging.getLogger(__name__)
 
 WARN_EVERY = 60.0  # seconds
+LOCK_TRIES, LOCK_PAUSE = 200, 0.01  # seconds; the other workers hold the lock for one write
+WAIT_SECONDS = 5.0  # longer than two writes that do not get the lock: the one under way and one's own
+WAITING_LINES = 10_000
 
 
 def check(settings: Settings) -> None:
@@ -63,7 +70,7 @@ class LogFile:
     def append(self, lines: bytes) -> None:
         """All of `lines`, or none of them and an OSError."""
         fd = self._current()
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        _lock(fd)
         try:
             self._append(fd, lines)
         finally:
@@ -98,60 +105,126 @@ class LogFile:
         return self._fd
 
 
+def _lock(fd: int) -> None:
+    """Raises BlockingIOError where somebody keeps the lock for longer than a write takes."""
+    for _ in range(LOCK_TRIES):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_PAUSE)
+    raise BlockingIOError(errno.EWOULDBLOCK, f"its lock was not free for {LOCK_TRIES * LOCK_PAUSE:g} s")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """One request's entries; `written` is done once they are in the file, and cancelled where nobody wants them now."""
+
+    entries: list[dict[str, Any]]
+    written: "Future[None]" = field(default_factory=Future)
+
+
+class Writer:
+    """A thread that appends what is waiting. What comes while a write is under way goes into the next one, together.
+
+    A daemon, which no executor's thread is: the process ends although the file system does not answer.
+    """
+
+    def __init__(self, file: LogFile) -> None:
+        self._file = file
+        self._changed = threading.Condition()
+        self._waiting: list[Lines] = []
+        self._pending = 0  # lines that are waiting or being written
+        self._busy_since: float | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def add(self, lines: Lines) -> None:
+        """Raises OSError where there is no hope that they are written soon."""
+        with self._changed:
+            if self._closed:
+                raise OSError("it is closed")
+            if self._busy_since is not None and time.monotonic() - self._busy_since > WAIT_SECONDS:
+                raise OSError(f"a write has not ended for more than {WAIT_SECONDS:g} s")
+            if self._pending >= WAITING_LINES:
+                raise OSError(f"{self._pending} lines are waiting, the most is {WAITING_LINES}")
+            self._waiting.append(lines)
+            self._pending += len(lines.entries)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Write what is waiting and close the file, or leave both to a thread that hangs."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(WAIT_SECONDS)
+
+    def _run(self) -> None:
+        while group := self._take():
+            self._write(group)
+        self._file.close()
+
+    def _take(self) -> list[Lines]:
+        """All that is waiting, once there is something; nothing once the writer is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            group, self._waiting = self._waiting, []
+            self._busy_since = time.monotonic()
+            return group
+
+    def _write(self, group: list[Lines]) -> None:
+        encoded: list[tuple[Lines, bytes]] = []
+        for lines in group:
+            if lines.written.set_running_or_notify_cancel():
+                try:
+                    encoded.append((lines, _encoded(lines.entries)))
+                except ValueError as error:
+                    lines.written.set_exception(error)
+        failure: Exception | None = None
+        try:
+            self._file.append(b"".join(content for _, content in encoded))
+        except Exception as error:  # the thread lives on, and whoever waits is told
+            failure = error
+        with self._changed:
+            self._pending -= sum(len(lines.entries) for lines in group)
+            self._busy_since = None
+        for lines, _ in encoded:
+            if failure is None:
+                lines.written.set_result(None)
+            else:
+                lines.written.set_exception(failure)
+
+
+def _encoded(entries: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(one, allow_nan=False).encode() + b"\n" for one in entries)
+
+
 class Audit:
-    """One worker's writer. What comes while a write is under way goes into the next one, together."""
+    """One worker's log, if the settings ask for one, and what becomes of a request whose lines cannot be written."""
 
     def __init__(self, settings: Settings) -> None:
-        self._file = LogFile(PROJECT_ROOT / settings.audit_log) if settings.audit_log else None
+        self._writer = Writer(LogFile(PROJECT_ROOT / settings.audit_log)) if settings.audit_log else None
         self._required = settings.audit_required
-        self._thread = ThreadPoolExecutor(1, "audit")
-        self._waiting: list[tuple[bytes, int, asyncio.Future[None]]] = []
-        self._writer: asyncio.Task[None] | None = None
         self._warned = -math.inf
 
     async def record(self, origin: "Origin", served: "Served", outcomes: "Sequence[Outcome | ServiceError]") -> None:
-        """Write a line for each outcome, and wait until they are written.
+        """Write a line for each outcome, and wait until they are written, WAIT_SECONDS at most.
 
         Raises ServiceError(audit_unavailable) where they cannot be and PARCHGRAD_AUDIT_REQUIRED says they must.
         """
-        if self._file is None or not outcomes:
+        if self._writer is None or not outcomes:
             return
-        entries = [entry(origin, served, outcome, index) for index, outcome in enumerate(outcomes)]
-        lines = b"".join(json.dumps(one, allow_nan=False).encode() + b"\n" for one in entries)
-        written = asyncio.get_running_loop().create_future()
-        self._waiting.append((lines, len(entries), written))
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._write(self._file))
+        lines = Lines([entry(origin, served, outcome, index) for index, outcome in enumerate(outcomes)])
         try:
-            await written
+            self._writer.add(lines)
+            await _until_written(lines)
         except OSError as error:
+            self._warn(error)
             if self._required:
                 raise ServiceError("audit_unavailable", "The audit log cannot be written; the log says why.") from error
+            metrics.audit_lost.inc(len(outcomes))
 
-    async def _write(self, file: LogFile) -> None:
-        try:
-            while self._waiting:
-                group, self._waiting = self._waiting, []
-                lines = b"".join(lines for lines, _, _ in group)
-                failure: OSError | None = None
-                try:
-                    await asyncio.get_running_loop().run_in_executor(self._thread, file.append, lines)
-                except OSError as error:
-                    failure = error
-                    self._count_lost(sum(count for _, count, _ in group), error)
-                for _, _, written in group:
-                    if written.done():  # its caller went away
-                        continue
-                    if failure is None:
-                        written.set_result(None)
-                    else:
-                        written.set_exception(failure)
-        finally:
-            self._writer = None
-
-    def _count_lost(self, lines: int, error: OSError) -> None:
-        if not self._required:
-            metrics.audit_lost.inc(lines)
+    def _warn(self, error: OSError) -> None:
         if time.monotonic() - self._warned >= WARN_EVERY:
             self._warned = time.monotonic()
             log.error(
@@ -161,10 +234,21 @@ class Audit:
             )
 
     def close(self) -> None:
-        """Finish what is being written, then close the file."""
-        self._thread.shutdown()
-        if self._file is not None:
-            self._file.close()
+        """Finish what is being written and close the file; WAIT_SECONDS at most."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+async def _until_written(lines: Lines) -> None:
+    """Raises OSError where they could not be, or not in time. A caller that goes away leaves its lines in place."""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS) as limit:
+            await asyncio.shield(asyncio.wrap_future(lines.written))
+    except TimeoutError:
+        if not limit.expired():  # the file system's own
+            raise
+        lines.written.cancel()  # what has not been begun is not written later: no line without its answer
+        raise TimeoutError(f"it took longer than {WAIT_SECONDS:g} s") from None
 
 
 def entry(origin: "Origin", served: "Served", outcome: "Outcome | ServiceError", index: int) -> dict[str, Any]:

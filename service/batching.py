@@ -29,7 +29,7 @@ class DeadlineError(Exception):
     """The item's deadline passed before its result was there."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry(Generic[Job, Result]):
     job: Job
     deadline: float  # on the loop's clock
@@ -84,6 +84,17 @@ class Batcher(Generic[Job, Result]):
                 return result
         except TimeoutError:
             raise DeadlineError from None
+        finally:
+            if entry.result.cancelled():
+                self._withdraw(entry)
+
+    def _withdraw(self, entry: _Entry[Job, Result]) -> None:
+        """Take back what nobody waits for any more, unless the device has begun it: it would fill the queue."""
+        if entry in self._queue:
+            self._queue.remove(entry)
+            metrics.queue_depth.dec()
+            late = entry.deadline <= asyncio.get_running_loop().time()
+            metrics.dropped.labels("expired" if late else "cancelled").inc()
 
     async def close(self) -> None:
         """Stop the worker; jobs still waiting are cancelled."""
@@ -98,7 +109,7 @@ class Batcher(Generic[Job, Result]):
     async def _work(self) -> None:
         while True:
             await self._filled.wait()
-            if self._max_delay and len(self._queue) < self._capacity(self._queue[0].job):
+            if self._max_delay and self._queue and len(self._queue) < self._capacity(self._queue[0].job):
                 await asyncio.sleep(self._max_delay)
             batch = self._take()
             if batch:

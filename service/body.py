@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -24,6 +25,8 @@ MAX_FIELD_BYTES = 4096
 SLACK_BYTES = 65_536
 SPOOL_BYTES = 1_048_576  # larger images wait on disk, not in memory, for their turn to be decoded
 RAW_TYPES = ("image/", "application/octet-stream")
+# Python keeps every name of a codec that it was ever asked for, and some codecs take seconds: callers choose among few.
+CHARSETS = (b"utf-8", b"us-ascii", b"iso-8859-1", b"latin-1")
 
 Fields = dict[str, list[str]]
 
@@ -40,17 +43,21 @@ class Upload:
             image.close()
 
 
-async def read_upload(request: Request, settings: Settings) -> Upload:
-    """Read a multipart body, or one raw image; query parameters become fields. Raises ServiceError."""
+async def read_upload(request: Request, settings: Settings, share: "BodyShare | None" = None) -> Upload:
+    """Read a multipart body, or one raw image; query parameters become fields. Raises ServiceError.
+
+    Its bytes are counted in `share`, which the caller keeps until the files are closed.
+    """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     _check_encoding(request)
     async with _deadline(settings), _on_disk():
         if content_type == "multipart/form-data":
-            body = _limited(request, settings.max_body_bytes)
+            body = _limited(request, settings.max_body_bytes, share)
             images, fields = await _multipart(request, body, settings.max_images)
         elif content_type.startswith(RAW_TYPES):
             # A little more than one image, so that one just too large is told its limit by name.
-            images, fields = [await _raw(_limited(request, settings.max_image_bytes + SLACK_BYTES))], {}
+            limit = min(settings.max_image_bytes + SLACK_BYTES, settings.max_body_bytes)
+            images, fields = [await _raw(_limited(request, limit, share))], {}
         else:
             raise ServiceError(
                 "content_type_unsupported",
@@ -68,7 +75,7 @@ async def read_upload(request: Request, settings: Settings) -> Upload:
 
 
 class BodyMemory:
-    """The bytes of bodies that one worker keeps in memory at once, of all requests together. Files go to disk."""
+    """The bytes of bodies that one worker keeps at once, of all requests together, in memory or in files on disk."""
 
     def __init__(self, limit: int) -> None:
         self._free = self._limit = limit
@@ -106,9 +113,7 @@ async def read_bytes(request: Request, limit: int, settings: Settings, share: Bo
     _check_encoding(request)
     content = bytearray()
     async with _deadline(settings):
-        async for chunk in _limited(request, limit):
-            if share is not None:
-                share.take(len(chunk))
+        async for chunk in _limited(request, limit, share):
             content += chunk
     return content
 
@@ -150,8 +155,11 @@ async def _on_disk() -> AsyncGenerator[None, None]:
         raise ServiceError("storage_full", "The service's disk has no room for the images of this request.") from None
 
 
-async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks; stops the caller as soon as they, or the length declared for them, pass `limit` bytes."""
+async def _limited(request: Request, limit: int, share: BodyShare | None) -> AsyncGenerator[bytes, None]:
+    """The body's chunks; stops the caller as soon as they, or the length declared for them, pass `limit` bytes.
+
+    Each chunk is counted in `share` before it is handed on, and so before it is kept.
+    """
     declared = request.headers.get("content-length", "")
     # More digits than any limit has: int() refuses thousands of them.
     if declared.isdecimal() and (len(declared) > 19 or int(declared) > limit):
@@ -162,6 +170,8 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
             received += len(chunk)
             if received > limit:
                 raise ServiceError("body_too_large", f"The body passes {limit} bytes, the most that are accepted.")
+            if share is not None:
+                share.take(len(chunk))
             yield chunk
     except ClientDisconnect:
         raise ServiceError("client_closed_request", "The client went away before the body was complete.") from None
@@ -188,14 +198,21 @@ class _Parser(MultiPartParser):
         self.complete = True
 
 
+def _check_charset(request: Request) -> None:
+    """Before the parser looks for the codec of that name."""
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() not in CHARSETS:
+        named, known = charset[:64].decode("latin-1"), b", ".join(CHARSETS).decode()
+        raise ServiceError("malformed_request", f"The multipart charset is {named!r}; expected one of {known}.")
+
+
 async def _multipart(
     request: Request, body: AsyncGenerator[bytes, None], max_images: int
 ) -> tuple[list[IO[bytes]], Fields]:
+    _check_charset(request)
     parser = _Parser(request.headers, body, max_files=max_images, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     try:
         form = await parser.parse()
-    except (UnicodeError, LookupError):  # of the charset that the content type names
-        raise ServiceError("malformed_request", "The multipart body is not text in its declared charset.") from None
     except MultiPartException as error:
         if "Too many files" in error.message:  # the parser has no exception of its own for it
             raise ServiceError("too_many_images", f"A request may carry at most {max_images} images.") from None
@@ -207,9 +224,11 @@ async def _multipart(
             raise ServiceError("malformed_request", "The multipart body ends before its last boundary.")
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) != (name == "image"):
-                expected = "a field, not a file" if isinstance(value, UploadFile) else "a file part with a filename"
-                code = "malformed_request" if name == "image" else "unknown_field"
-                raise ServiceError(code, f"Part {name[:64]!r} must be {expected}; only 'image' parts are files.")
+                if name == "image":
+                    raise ServiceError(
+                        "malformed_request", "Part 'image' is text; send a file with a name (curl: -F image=@FILE)."
+                    )
+                raise ServiceError("unknown_field", f"Files go in parts named 'image'; this one is {name[:64]!r}.")
             if isinstance(value, UploadFile):
                 images.append(value.file)
             else:

@@ -9,7 +9,6 @@ from types import FrameType
 
 import uvicorn
 
-from service import metrics
 from service.pipeline import Pipeline
 from service.settings import Settings
 
@@ -34,8 +33,7 @@ def drain_on_sigterm(pipeline: Pipeline) -> None:
         if pipeline.draining or not seconds:
             handler(number, frame)
             return
-        pipeline.draining = True
-        metrics.ready.set(0)
+        pipeline.drain()
         log.info("Draining for %g s before the last requests are taken.", seconds)
         loop.call_soon_threadsafe(loop.call_later, seconds, handler, number, None)
 

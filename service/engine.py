@@ -101,12 +101,13 @@ class Engine:
         return max(1, min(self._max_batch, self._max_batch_pixels // pixels))
 
     def options(self, given: dict[str, Any]) -> Options:
-        """`given` over the table's defaults, validated. Raises parchgrad.errors.OptionError."""
+        """`given` over the table's defaults, held to model and table. Raises parchgrad.errors.OptionError."""
         from parchgrad.layers import match
         from parchgrad.options import per_image
 
         (options,) = per_image(1, self.table.defaults, given)
         match(self.explainer.layer_names, options.layers)
+        self.explainer.require_statistics([options])
         return options
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:

@@ -30,6 +30,7 @@ STATUS = {
     "unknown_class": 422,
     "target_not_in_table": 422,
     "map_not_finite": 422,
+    "prediction_not_finite": 422,
     "queue_full": 429,
     "rate_limited": 429,
     "client_closed_request": 499,  # nobody reads it; the number is nginx's, and the metric counts it

@@ -1,8 +1,10 @@
 """Examples of what is sent and answered, for the OpenAPI document; each is an instance of its type.
 
-The answers about `squeezenet1_1` are real ones of SqueezeNet 1.1 to a photograph of a spaniel, shortened.
+The requests may be sent as they are to a service of the bundled model, and the answers are what it gave.
 """
 
+import base64
+import hashlib
 import re
 from typing import Any
 
@@ -11,6 +13,8 @@ from pydantic import BaseModel
 from parchgrad import __version__
 from service.protocols import schemas as protocol
 from service.schemas import (
+    OPTIONS,
+    REQUEST_OPTIONS,
     ErrorBody,
     ExplainAnswer,
     ExplainResult,
@@ -38,54 +42,72 @@ MESSAGES = {
     "malformed_request": "The multipart body ends before its last boundary.",
     "no_image": "The request carries no file part named 'image'.",
     "image_empty": "The image has no bytes.",
-    "image_truncated": "The image ends before its data does.",
-    "image_corrupt": "The image cannot be decoded.",
+    "image_truncated": "The png ends too early.",
+    "image_corrupt": "The png is damaged.",
     "unauthorized": "A key is needed: 'Authorization: Bearer TOKEN' or 'X-API-Key: TOKEN'.",
     "forbidden": "Key 'camera' may not load or unload models.",
     "not_found": "There is nothing at '/explian'.",
-    "unknown_model": "There is no model 'resnet'; there is 'squeezenet1_1'.",
-    "unknown_version": "Model 'squeezenet1_1' has no version '7'; it has '1'.",
-    "method_not_allowed": "The method is not allowed at '/explain'.",
+    "unknown_model": "There is no model 'resnet'; there is 'scenes'.",
+    "unknown_version": "Model 'scenes' has no version '7'; it has '1'.",
+    "method_not_allowed": "GET is not allowed at '/explain'; use POST.",
     "not_acceptable": "image/png answers one map of one image; use application/json.",
-    "load_failed": "Model 'squeezenet1_1' was not loaded: its golden map did not match.",
+    "load_failed": "Model 'scenes' was not loaded: Golden saliency map is off by 0.41 (relative L2), allowed 0.2.",
     "body_too_large": "The body passes 320131072 bytes, the most that are accepted.",
     "too_many_images": "A request may carry at most 16 images.",
     "image_too_many_bytes": "The image has more than 20000000 bytes, the most that are accepted.",
-    "image_too_many_pixels": "The image has 60000 x 60000 pixels; at most 50000000 are accepted.",
-    "image_too_complex": "The image has too many scans.",
-    "content_type_unsupported": "Content-Encoding is not supported; send the body as it is.",
-    "image_unsupported": "The image is of no format that is decoded.",
-    "unknown_field": "Field 'quantil' is not an option of /explain; its options are top_k, timeout_ms, and so on.",
+    "image_too_many_pixels": "The image has 60000x60000 = 3600000000 pixels; at most 50000000 are accepted.",
+    "image_too_complex": "The JPEG has 400 scans; at most 100 are accepted.",
+    "content_type_unsupported": "Content-Type is 'text/plain'; expected multipart/form-data with 'image' files, or "
+    "image/*.",
+    "image_unsupported": "The bytes are not an image of a known format; expected one of jpeg, png, gif, webp, bmp, "
+    "tiff.",
+    "unknown_field": "Field 'quantil' is not an option of /explain; its options are "
+    f"{', '.join([*OPTIONS, *REQUEST_OPTIONS])}.",
     "option_unsupported": "Parameter 'priority' is 3; requests have no sequence and no priority.",
     "option_invalid": "Option 'quantile' is '2'; allowed: a number in (0, 1].",
-    "unknown_class": "Option 'target' is 'unicorn'; allowed: an index in 0..999 or a class name, such as 'tench'.",
-    "target_not_in_table": "Table 'squeezenet1_1' has no row for class 152 (Japanese spaniel); it covers 10 of 1000 "
-    "classes. selection=instance needs no row.",
+    "unknown_class": "Option 'target' is 'cupp'; allowed: an index in 0..9, a class name or id, predicted or top:k. "
+    "Did you mean 'cup'?",
+    "target_not_in_table": "Table 'scenes' has no row for class 9 (umbrella); it covers 9 of 10 classes. "
+    "selection=instance or rule=false needs no row.",
     "map_not_finite": "The map overflows float32 under these options; gamma may be too large.",
     "queue_full": "256 images or maps are waiting, the most is 256.",
     "rate_limited": "Key 'camera' has used its 60 requests a minute.",
     "client_closed_request": "The client went away.",
     "internal": "The service failed on this request; its log says why.",
     "not_ready": "The model is still loading.",
-    "map_shed": "More than 128 images or maps are waiting.",
+    "map_shed": "128 images or maps are waiting.",
     "out_of_memory": "The device has not the memory for 1 images.",
-    "audit_unavailable": "The audit log cannot be written.",
+    "audit_unavailable": "The audit log cannot be written; the log says why.",
+    "prediction_not_finite": "The model's output overflows float32 for this input.",
     "storage_full": "The service's disk has no room for the images of this request.",
     "deadline_exceeded": "No answer within 30000 ms.",
 }
 
+# A scene with an umbrella, from the generator that the model was trained with: 48 x 48 pixels of 8 colours, PNG.
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAADAAAAAwBAMAAAClLOS0AAAAGFBMVEW9ur6vqLWpprF2r2qhnKqPlZiIiI2EPmfTNDgfAAACRUlEQVR42l2TTW4U"
+    "QQyFP7t7wWrGNWHDJmomB6CZyQFQpByFS3EUpEAuADQHSNLJFhF7EhZIJGUWPR0FvCq9J/+8Z5ewD4tTcwDqJwCdiYAJ30NPBKucX90zwpCN8Dwm"
+    "QjbliAQqVF4DtAAUPTgRexzs4GcoI0ADsNrItrxAX0m5qtfm/N6X0rI2ID9+iA5GAmgLyFs1IM+ardUbDq/2zQ+21gGcQfOo9XCUtUFrzWtTgAdA"
+    "mmExghZCj7rE5uF7+pMRqqxWbSGjuBjngIHUSbECOMnDPHs/zsrFCAJAADQBfLIknfvjd1MfSUjK7O4t/ouJ6gOZTXRw6vGTtU7qVMidjD3aGCVE"
+    "DQ8AD+zyCs4BIkPD2QvcJTmN6mmogwRACkGlBYNIhbJfdlfT8TfHrA1oS1DGJYBdgJN3fYIsFSPqjsuvNwwVfLe4TySjpd4syOoi9XBEq3YHO5ZB"
+    "i40BsOwTqBnYYwBqA9CNRHcLIJUw22IqPXDdyUs+D9PpeXPaEUrTQ70zmS0Za9jFfHBUdrXMFl48fgcNYEtHX3NNOlS4XkILA6y9eLvb1m9CylgR"
+    "0KTHi5PyntEgqOCgwt1q8QXqyI8OHA8QaMEWA8Cfi6GKeUp6SVALBgBu4tDTQ4AENEz66Tq4IjADdgZq/3ywEEDs+efcLCuGZUB6BErQABtnjHjK"
+    "NJQl0Gwi6rOKUmgR2OKJYnNGmXpkkASXzLgA1k7n6UBKFjIgyZhsn1YhliAlg8BC+S/WAZaBZpFJ0bpDlDWGYPAXSo4Qor04o2IAAAAASUVORK5C"
+    "YII="
+)
+
 _MODEL = ModelIdentity(
-    name="squeezenet1_1",
+    name="scenes",
     version="1",
-    weights_sha256="3c445d0a4f121dd029cf5ebb60b931f7b1ca3dbd0773e12dea9cbd486a27c4bd",
-    table_sha256="c970027ba744b781c4bb57ecfc3c431bc8e3357a13b781849e8bc5ea661481b9",
+    weights_sha256="1967e2bf45d32fb00874c04026042204aa72bcd730599a966b268d58f019ad24",
+    table_sha256="e7b5e4e46e58b89b0919372750f403192a3489cd69e67d3567e8d86c110de1f7",
 )
 _SOFTWARE = Software(parchgrad=__version__, runtime="torch 2.14.1+cu130", device="cpu")
-_IMAGE = "f7db500168ded99c42bc8ff105aad31f8b1497d358f7b0d692de919466c3bac6"
-_SPRINGER = Prediction(index=217, label="English springer, English springer spaniel", probability=0.9080260396003723)
-_PREDICTIONS = [_SPRINGER, Prediction(index=215, label="Brittany spaniel", probability=0.015402575023472309)]
+_IMAGE = hashlib.sha256(base64.b64decode(PICTURE)).hexdigest()
+_UMBRELLA = Prediction(index=9, label="umbrella", probability=0.9885961413383484)
+_PREDICTIONS = [_UMBRELLA, Prediction(index=5, label="leaf", probability=0.00691528944298625)]
 _EXPLANATION = ExplanationAnswer(
-    target=_SPRINGER,
+    target=_UMBRELLA,
     method="gradient",
     rule=True,
     quantile=0.1,
@@ -96,8 +118,8 @@ _EXPLANATION = ExplanationAnswer(
     normality_filter=False,
     seed="logit",
     polarity="both",
-    transform=Transform(original_size=(224, 224), exif_orientation=1, crop_box=(14.0, 14.0, 210.0, 210.0)),
-    quality=Quality(gini=0.953838178844584, identity_layers=0),
+    transform=Transform(original_size=(48, 48), exif_orientation=1, crop_box=(0.0, 0.0, 48.0, 48.0)),
+    quality=Quality(gini=0.8872914695724038, identity_layers=0),
 )
 _SHED = MissingExplanation(status="shed", reason=MESSAGES["map_shed"])
 _BAD_IMAGE = FailedAnswer(error=ErrorBody(code="image_truncated", message=MESSAGES["image_truncated"]))
@@ -111,14 +133,32 @@ def _explain_answer(*results: ExplainResult | FailedAnswer) -> ExplainAnswer:
     return ExplainAnswer(model=_MODEL, software=_SOFTWARE, request_id="b1e9", results=list(results))
 
 
+_TABLE_DEFAULTS = {
+    "quantile": 0.1, "gamma": "inf", "conserve": "independent", "selection": "class", "layers": ["*"],
+    "normality_filter": False,
+}  # fmt: skip
+_LAYERS = (
+    "features.0.0", "features.2.first.0", "features.2.second.0", "features.2.skip.0", "features.3.first.0",
+    "features.3.second.0", "features.3.skip.0", "features.4.first.0", "features.4.second.0", "features.5.first.0",
+    "features.5.second.0", "features.5.skip.0", "features.6.first.0", "features.6.second.0", "features.7.0",
+)  # fmt: skip
+_PROBABILITIES: list[float | None] = [
+    0.0002229236124549061, 0.00023059648810885847, 0.00028723248397000134, 0.0005666473880410194,
+    0.0011440328089520335, 0.00691528944298625, 0.0001177182057290338, 0.00010203130659647286, 0.0018173720454797149,
+    0.9885961413383484,
+]  # fmt: skip
 _TENSORS = [
-    protocol.TensorMetadata(name="images", datatype="FP32", shape=[-1, 3, 224, 224]),
+    protocol.TensorMetadata(name="images", datatype="FP32", shape=[-1, 3, -1, -1]),
     protocol.TensorMetadata(name="image_bytes", datatype="BYTES", shape=[-1]),
     protocol.TensorMetadata(name="target", datatype="INT64", shape=[-1]),
+    protocol.TensorMetadata(name="quantile", datatype="FP32", shape=[-1]),
+    protocol.TensorMetadata(name="gamma", datatype="FP32", shape=[-1]),
 ]
 _OUTPUTS = [
-    protocol.TensorMetadata(name="logits", datatype="FP32", shape=[-1, 1000]),
-    protocol.TensorMetadata(name="saliency", datatype="FP32", shape=[-1, 224, 224]),
+    protocol.TensorMetadata(name="logits", datatype="FP32", shape=[-1, 10]),
+    protocol.TensorMetadata(name="probabilities", datatype="FP32", shape=[-1, 10]),
+    protocol.TensorMetadata(name="target", datatype="INT64", shape=[-1]),
+    protocol.TensorMetadata(name="saliency", datatype="FP32", shape=[-1, -1, -1]),
 ]
 
 _OF: dict[type[BaseModel], dict[str, BaseModel]] = {
@@ -133,57 +173,74 @@ _OF: dict[type[BaseModel], dict[str, BaseModel]] = {
         "one bad image of two": _explain_answer(_BAD_IMAGE, _explained(_EXPLANATION)),
     },
     ModelListing: {
-        "one serves, one does not": ModelListing(
-            default=_MODEL.name,
-            models=[
-                ModelEntry(
-                    name="mobilenet_v2", version="1", state="UNAVAILABLE", reason="The golden map did not match."
-                ),
-                ModelEntry(state="READY", **_MODEL.model_dump()),
-            ],
-        )
+        "one model": ModelListing(default=_MODEL.name, models=[ModelEntry(state="READY", **_MODEL.model_dump())])
     },
     ModelAnswer: {
-        "shortened to two labels": ModelAnswer(
+        "with less of its table": ModelAnswer(
             **_MODEL.model_dump(),
-            labels=["tench", "goldfish"],
-            input={"size": [224, 224], "rule": "shorter_side", "resize": 256},
-            table={"classes": [0, 1]},
-            options=option_defaults({"quantile": 0.1, "gamma": "inf", "layers": ["*"]}, timeout_ms=30_000),
-            bounds=option_bounds(2, ["features.0", "features.3.squeeze"], max_timeout_ms=120_000),
+            labels=[
+                "butterfly",
+                "cup",
+                "fish",
+                "house",
+                "key",
+                "leaf",
+                "mushroom",
+                "sailboat",
+                "star",
+                "umbrella",
+            ],
+            input={
+                "size": [128, 128],
+                "rule": "native",
+                "resize": None,
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.25, 0.25, 0.25],
+                "interpolation": "bilinear",
+                "min_side": 48,
+                "max_side": 512,
+            },
+            table={"classes": list(range(10)), "defaults": _TABLE_DEFAULTS},
+            options=option_defaults(_TABLE_DEFAULTS, timeout_ms=30_000),
+            bounds=option_bounds(10, _LAYERS, max_timeout_ms=120_000),
             limits={"image_bytes": 20_000_000, "image_pixels": 50_000_000, "images": 16},
         )
     },
     protocol.ProtocolError: {"a message": protocol.ProtocolError(error=MESSAGES["unknown_model"])},
     protocol.ServerMetadata: {
         "this server": protocol.ServerMetadata(
-            name="parchgrad", version=__version__, extensions=["binary_tensor_data", "model_repository"]
+            name="parchgrad",
+            version=__version__,
+            extensions=["binary_tensor_data", "model_configuration", "model_repository", "parameters"],
         )
     },
     protocol.Health: {"a live server": protocol.Health(live=True, ready=True)},
     protocol.ModelMetadata: {
-        "some tensors of a model": protocol.ModelMetadata(
+        "a model of any image size": protocol.ModelMetadata(
             name=_MODEL.name, versions=["1"], platform="parchgrad_pytorch", inputs=_TENSORS, outputs=_OUTPUTS
         )
     },
     protocol.ModelReady: {"a model": protocol.ModelReady(name=_MODEL.name, ready=True)},
     protocol.InferRequest: {
-        "an encoded image, its class and logits asked for": protocol.InferRequest(
+        "an encoded image, its class and probabilities asked for": protocol.InferRequest(
             id="1",
             inputs=[
-                protocol.InferInput(name="image_bytes", datatype="BYTES", shape=[1], data=["iVBORw0KGgo="]),
+                protocol.InferInput(name="image_bytes", datatype="BYTES", shape=[1], data=[PICTURE]),
                 protocol.InferInput(name="target", datatype="INT64", shape=[1], data=[-1]),
             ],
-            outputs=[protocol.RequestedOutput(name="target"), protocol.RequestedOutput(name="logits")],
+            outputs=[protocol.RequestedOutput(name="target"), protocol.RequestedOutput(name="probabilities")],
         )
     },
     protocol.InferResponse: {
-        "the predicted class": protocol.InferResponse(
+        "the predicted class and the probabilities": protocol.InferResponse(
             model_name=_MODEL.name,
             model_version="1",
             id="1",
             parameters={"weights_sha256": _MODEL.weights_sha256, "table_sha256": _MODEL.table_sha256},
-            outputs=[protocol.InferOutput(name="target", datatype="INT64", shape=[1], data=[217])],
+            outputs=[
+                protocol.InferOutput(name="probabilities", datatype="FP32", shape=[1, 10], data=_PROBABILITIES),
+                protocol.InferOutput(name="target", datatype="INT64", shape=[1], data=[_UMBRELLA.index]),
+            ],
         )
     },
     protocol.IndexRequest: {"only what serves": protocol.IndexRequest(ready=True)},
@@ -193,14 +250,19 @@ _OF: dict[type[BaseModel], dict[str, BaseModel]] = {
         "one instance": protocol.V1PredictAnswer(model=_MODEL, software=_SOFTWARE, predictions=[_PREDICTIONS])
     },
     protocol.V1ExplainAnswer: {
+        "one instance": protocol.V1ExplainAnswer(
+            model=_MODEL, software=_SOFTWARE, predictions=[_PREDICTIONS], explanations=[_EXPLANATION]
+        ),
         "two instances, one shed": protocol.V1ExplainAnswer(
             model=_MODEL,
             software=_SOFTWARE,
             predictions=[_PREDICTIONS, _PREDICTIONS],
             explanations=[_EXPLANATION, _SHED],
-        )
+        ),
     },
 }
+
+PATH = {"name": _MODEL.name, "version": _MODEL.version}  # what stands in a path
 
 INDEX = [protocol.IndexEntry(name=_MODEL.name, version="1", state="READY", reason="")]
 
@@ -223,5 +285,5 @@ def of_index() -> Examples:
 
 def of_instances(route: str) -> Examples:
     """V1's body for `predict` or `explain`."""
-    options = {"target": 217, "quantile": 0.1, "gamma": "inf"} if route == "explain" else {"top_k": 2}
-    return {"one_instance": {"value": {"instances": [{"image": {"b64": "iVBORw0KGgo="}, **options}]}}}
+    explain = {"target": "umbrella", "quantile": 0.1, "gamma": "inf", "saliency": "none"} if route == "explain" else {}
+    return {"one_instance": {"value": {"instances": [{"image": {"b64": PICTURE}, "top_k": 2, **explain}]}}}

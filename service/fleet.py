@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,10 +45,12 @@ class Report:
 class Fleet:
     """This worker among its like. `folder` is the workers' own and empty when the service starts; None: it is alone."""
 
-    def __init__(self, settings: Settings, folder: Path | None) -> None:
+    def __init__(self, settings: Settings, folder: Path | None, on_change: Callable[[], None]) -> None:
+        """`on_change` is called whenever what this worker serves has changed."""
         self._folder = folder
         self._done = self._wishes() if folder else {}  # by model, what this worker has followed
-        self.repository = Repository(settings, {name: wish.served for name, wish in self._done.items()})
+        self.repository = Repository(settings, {name: wish.served for name, wish in self._done.items()}, on_change)
+        self._changing = asyncio.Lock()  # one wish at a time: an older one must not be followed after a newer one
         self._failures: dict[str, str] = {}
         self._reported: Report | None = None
         self._task: asyncio.Task[None] | None = None
@@ -84,15 +86,17 @@ class Fleet:
         await self._change(name, served=False)
 
     async def _change(self, name: str, *, served: bool) -> None:
-        await (self.repository.load(name) if served else self.repository.unload(name))
-        if self._folder is None:
-            return
-        with self._locked():
-            wishes = self._wishes()
-            wish = Wish(1 + max((w.number for w in wishes.values()), default=0), served)
-            _write(self._folder / WANTED_FILE, {n: asdict(w) for n, w in {**wishes, name: wish}.items()})
-        self._done[name] = wish
-        self._report()
+        async with self._changing:
+            await (self.repository.load(name) if served else self.repository.unload(name))
+            if self._folder is None:
+                return
+            with self._locked():
+                wishes = self._wishes()
+                wish = Wish(1 + max((w.number for w in wishes.values()), default=0), served)
+                _write(self._folder / WANTED_FILE, {n: asdict(w) for n, w in {**wishes, name: wish}.items()})
+            self._done[name] = wish
+            self._failures.pop(name, None)
+            self._report()
         await self._wait_for_all(name, wish)
 
     async def _wait_for_all(self, name: str, wish: Wish) -> None:
@@ -113,9 +117,11 @@ class Fleet:
         while True:
             try:
                 self._report()
-                for name, wish in sorted(self._wishes().items(), key=lambda item: item[1].number):
-                    if wish.number > self._done.get(name, Wish(0, False)).number:
-                        await self._apply(name, wish)
+                for name in sorted(self._wishes()):
+                    async with self._changing:
+                        wish = self._wishes()[name]  # of now: it may have changed while this one waited
+                        if wish.number > self._done.get(name, Wish(0, False)).number:
+                            await self._apply(name, wish)
             except OSError:
                 log.exception("The workers' folder cannot be read.")
             await asyncio.sleep(POLL_SECONDS)

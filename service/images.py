@@ -217,15 +217,14 @@ def _codec_errors(format: str) -> Iterator[None]:
     # Pillow's plug-ins raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, TypeError, ...
     # on damaged files, and promise no list; every one of them here means the same: the file is at fault.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if "MAX_TEXT" in reason:
+        if "MAX_TEXT" in str(error):
             raise ImageError("image_too_complex", f"The {format} carries too much compressed text.") from error
-        cut = isinstance(error, EOFError | struct.error) or any(
-            word in reason.lower() for word in ("truncated", "unexpected end", "not enough", "broken data stream")
+        # Pillow turns what its readers of headers raise into a SyntaxError.
+        cut = any(isinstance(one, EOFError | struct.error) for one in (error, error.__cause__)) or any(
+            word in str(error).lower() for word in ("truncated", "unexpected end", "not enough", "broken data stream")
         )
         code = "image_truncated" if cut else "image_corrupt"
-        what = "ends too early" if cut else "is damaged"
-        raise ImageError(code, f"The {format} {what}: {reason}.") from error
+        raise ImageError(code, f"The {format} {'ends too early' if cut else 'is damaged'}.") from error
 
 
 def _rgb(opened: Image.Image, sixteen_bit: bool) -> Image.Image:

@@ -43,14 +43,15 @@ async def _answer(request: Request, *, explain: bool) -> Response:
         raise ServiceError("not_acceptable", "/predict has no picture to answer with; use /explain.")
     pipeline: Pipeline = request.app.state.pipeline
     pipeline.repository.require_any()  # before the body is read: it may be long
-    upload = await read_upload(request, pipeline.settings)
-    try:
-        name, version = take_model(upload.fields)
-        with pipeline.repository.use(name, version) as served:
-            work = _computed(pipeline, served, upload, media_type, explain, arrival, origin(request))
-            content = await while_connected(request, work)
-    finally:
-        upload.close()
+    with pipeline.bodies.share() as share:
+        upload = await read_upload(request, pipeline.settings, share)
+        try:
+            name, version = take_model(upload.fields)
+            with pipeline.repository.use(name, version) as served:
+                work = _computed(pipeline, served, upload, media_type, explain, arrival, origin(request))
+                content = await while_connected(request, work)
+        finally:
+            upload.close()
     return Response(content, media_type=media_type)
 
 

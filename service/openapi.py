@@ -1,7 +1,7 @@
 """The OpenAPI document at /docs.json, made of the same option list, answer types and error codes the routes use."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,8 +14,10 @@ from service import examples
 from service.errors import STATUS
 from service.protocols import schemas as protocol_types
 from service.schemas import (
+    METHOD_OF,
     OPTIONS,
     REQUEST_OPTIONS,
+    TIMEOUTS,
     ErrorAnswer,
     ExplainAnswer,
     ModelAnswer,
@@ -23,6 +25,7 @@ from service.schemas import (
     Option,
     PredictAnswer,
     options_of,
+    timeout_kind,
 )
 from service.settings import Settings
 
@@ -44,7 +47,9 @@ IMAGES = (
     "no_image", "image_empty", "image_truncated", "image_corrupt", "too_many_images", "image_too_many_bytes",
     "image_too_many_pixels", "image_too_complex", "image_unsupported",
 )  # fmt: skip
-COMPUTED = ("unknown_field", "option_invalid", "queue_full", "out_of_memory", "audit_unavailable")
+COMPUTED = (
+    "unknown_field", "option_invalid", "queue_full", "out_of_memory", "audit_unavailable", "prediction_not_finite",
+)  # fmt: skip
 NATIVE = (*KEYS, *NAMED, *BODY, *IMAGES, *COMPUTED, "not_acceptable", "storage_full")
 EXPLAINED = ("unknown_class", "target_not_in_table", "map_not_finite", "map_shed")
 V1 = (*KEYS, "unknown_model", "not_ready", *BODY, *IMAGES, *COMPUTED)
@@ -138,7 +143,7 @@ def _paths(settings: Settings) -> dict[str, dict[str, Operation]]:
 
 def _images_in(summary: str, route: str, settings: Settings) -> Operation:
     explain = route == "explain"
-    options = {option.name: _columns(option, settings) for option in options_of(route)}
+    options = {option.name: _columns(option, settings) for option in _served(route, settings)}
     options |= {option.name: _single(option) for option in REQUEST_OPTIONS.values()}
     images = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": settings.max_images}
     form = {
@@ -280,7 +285,7 @@ def _instances(route: str, settings: Settings) -> Schema:
     }
     options = {
         option.name: {"description": _described(option), "type": ["boolean", "number", "string"]}
-        for option in options_of(route)
+        for option in _served(route, settings)
     }
     instance = {
         "type": "object",
@@ -329,7 +334,14 @@ def _repository() -> dict[str, dict[str, Operation]]:
 def _operation(path: str, method: str, operation: Operation) -> Schema:
     names = [part.partition("}")[0] for part in path.split("{")[1:]]
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in names
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", "minLength": 1},
+            "example": examples.PATH[name],
+        }
+        for name in names
     ]
     described: Schema = {
         "operationId": _identifier(path, method),
@@ -389,6 +401,12 @@ def _error(path: str, codes: list[str]) -> Schema:
     }
 
 
+def _served(route: str, settings: Settings) -> list[Option]:
+    """A route's options with the bounds that this service sets."""
+    timeout = timeout_kind(settings.max_timeout_ms)
+    return [replace(one, kind=timeout) if one.name in TIMEOUTS else one for one in options_of(route)]
+
+
 def _described(option: Option) -> str:
     default = "" if option.default is None else f" Default {_shown(option.default)}."
     return f"{option.help} Allowed: {option.kind.allowed}.{default}"
@@ -404,12 +422,9 @@ def _single(option: Option) -> Schema:
 
 def _columns(option: Option, settings: Settings) -> Schema:
     """One value, or one for each image."""
-    item = dict(option.kind.schema)
-    if option.name in ("timeout_ms", "explain_timeout_ms"):
-        item["maximum"] = settings.max_timeout_ms
     return {
         "type": "array",
-        "items": item,
+        "items": dict(option.kind.schema),
         "minItems": 1,
         "maxItems": settings.max_images,
         "description": _described(option),
@@ -419,7 +434,8 @@ def _columns(option: Option, settings: Settings) -> Schema:
 def _query(name: str, schema: Schema) -> Schema:
     known = OPTIONS.get(name)
     described: Schema = {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
-    if known is not None and known.default is not None:
+    # All parameters' examples may be sent together: none that is of another method than the default.
+    if known is not None and known.default is not None and name not in METHOD_OF:
         described["example"] = [_shown(known.default) if isinstance(known.default, bool) else known.default]
     return described
 

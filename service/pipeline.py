@@ -11,13 +11,15 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Literal, TypeAlias, cast
 
 import numpy as np
 from PIL.Image import Image as Pixels
 from PIL.Image import Resampling
 
+from parchgrad.errors import UnknownTargetError
+from parchgrad.labels import nearest
 from parchgrad.render import REDUCTION_OF_POLARITY
 from service import images, metrics
 from service.audit import Audit
@@ -33,12 +35,14 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from parchgrad.models import Model
     from parchgrad.options import Options
     from parchgrad.preprocessing import Placement
 
 log = logging.getLogger(__name__)
 
 MAX_PICTURE_SIDE = 1024  # pixels: a picture of the map needs no more, whatever the photograph had
+MAX_STRIP_SIDE = 4096  # pixels: but a narrow one is to be as wide as its map
 LAG_SLEEP = 0.01  # seconds
 MAP_SHARE = 0.8  # of an image's time; what remains is for the prediction without its map
 
@@ -109,19 +113,19 @@ class Pipeline:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.fleet = Fleet(settings, metrics.workers_folder())
+        self.draining = False
+        self.fleet = Fleet(settings, metrics.workers_folder(), self._tell_ready)
         self.repository = self.fleet.repository
         self.bodies = BodyMemory(settings.max_bodies_bytes)
-        self.draining = False
         self._audit = Audit(settings)
         self._lag: asyncio.Task[None] | None = None
         self._admitted = 0
         self._decoders = ThreadPoolExecutor(settings.decode_workers, "decode")
         self._budget = images.PixelBudget(settings.max_image_pixels)
-        self.repository.start()
 
     async def start(self) -> None:
-        """Begin what lives on the event loop; the server listens once this has returned."""
+        """Load the models, and begin what else lives on the event loop; the server listens once this has returned."""
+        self.repository.start()
         self.fleet.start()
         self._lag = asyncio.get_running_loop().create_task(_watch_loop())
         await self.fleet.wait_behind_others()
@@ -130,9 +134,16 @@ class Pipeline:
     def ready(self) -> bool:
         return self.repository.ready and not self.draining
 
-    async def close(self) -> None:
+    def drain(self) -> None:
+        """Be ready no more; requests are answered as before."""
         self.draining = True
-        metrics.ready.set(0)
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        metrics.ready.set(int(self.ready))
+
+    async def close(self) -> None:
+        self.drain()
         if self._lag is not None:
             self._lag.cancel()
         await self.fleet.close()
@@ -151,16 +162,19 @@ class Pipeline:
         arrival: float,
     ) -> list[Request]:
         """Hold every option against model and table, before anything is decoded. Raises what the library raises."""
-        return [
-            self._checked(served, image, one, explain=explain, draw=draw, arrival=arrival)
-            for image, one in zip(images, asked, strict=True)
-        ]
+        known: dict[str, Request] = {}  # one set of options is held against the model once
+        requests = []
+        for image, one in zip(images, asked, strict=True):
+            if (key := repr(one)) not in known:
+                known[key] = self._checked(served, image, one, explain=explain, draw=draw, arrival=arrival)
+            requests.append(replace(known[key], image=image))
+        return requests
 
     def _checked(
         self, served: Served, image: Image, asked: ImageOptions, *, explain: bool, draw: bool, arrival: float
     ) -> Request:
-        engine, settings = served.engine, self.settings
-        classes = len(engine.model.labels)
+        engine, model, settings = served.engine, served.engine.model, self.settings
+        classes = len(model.labels)
         timeout = asked.timeout_ms or settings.timeout_ms
         for name, value, limit in (
             ("timeout_ms", timeout, settings.max_timeout_ms),
@@ -182,8 +196,10 @@ class Pipeline:
             deadline=arrival + timeout / 1000,
             map_deadline=arrival + min(map_timeout, timeout) / 1000,
             options=engine.options(asked.explain) if explain else None,
-            target=engine.model.class_index(asked.target) if named else PREDICTED,
-            when_classes=frozenset(engine.model.class_index(name) for name in when.classes) if when else frozenset(),
+            target=_class_index(model, asked.target, "'target' is", ", predicted or top:k") if named else PREDICTED,
+            when_classes=frozenset(
+                _class_index(model, name, "'explain_when' names") for name in (when.classes if when else ())
+            ),
             draws=draw or (explain and asked.saliency == "png"),
         )
 
@@ -194,22 +210,23 @@ class Pipeline:
         if jobs > most:
             raise ServiceError("option_invalid", f"The request asks for {jobs} maps; allowed: at most {most}.")
         # One prediction an image still fits where its maps no longer do.
-        shed = any(request.options for request in requests) and self._admitted + jobs > bound
+        too_much = self._admitted >= bound or self._admitted + jobs > most
+        shed = too_much and any(request.options for request in requests)
         jobs = len(requests) if shed else jobs
         if self._admitted + jobs > most:
             raise ServiceError("queue_full", f"{self._admitted} images or maps are waiting, the most is {most}.")
-        missing = MissingMap("shed", f"More than {bound} images or maps are waiting.") if shed else None
+        missing = MissingMap("shed", f"{self._admitted} images or maps are waiting.") if shed else None
         self._admitted += jobs
         metrics.admitted.inc(jobs)
         try:
             outcomes = await asyncio.gather(*(self._outcome(served, request, missing) for request in requests))
+            for outcome in outcomes:
+                if isinstance(outcome, Outcome) and outcome.missing:
+                    metrics.maps_missing.labels(outcome.missing.status).inc()
+            await self._audit.record(origin, served, outcomes)  # admitted still: a slow log must not let more in
         finally:
             self._admitted -= jobs
             metrics.admitted.dec(jobs)
-        for outcome in outcomes:
-            if isinstance(outcome, Outcome) and outcome.missing:
-                metrics.maps_missing.labels(outcome.missing.status).inc()
-        await self._audit.record(origin, served, outcomes)
         return outcomes
 
     async def _outcome(self, served: Served, request: Request, missing: MissingMap | None) -> Outcome | ServiceError:
@@ -217,8 +234,12 @@ class Pipeline:
             async with asyncio.timeout_at(request.deadline):
                 prepared = await self._prepared(served, request)
                 if request.options is None:
-                    return Outcome(request, prepared, [await _predicted(served, request, prepared)])
-                return await _explained(served, request, request.options, prepared, missing)
+                    outcome = Outcome(request, prepared, [await _predicted(served, request, prepared)])
+                else:
+                    outcome = await _explained(served, request, request.options, prepared, missing)
+            if not np.isfinite(outcome.first.logits).all():
+                return ServiceError("prediction_not_finite", "The model's output overflows float32 for this input.")
+            return outcome
         except images.ImageError as error:
             return ServiceError(error.code, error.message)
         except QueueFullError:
@@ -253,6 +274,18 @@ class Pipeline:
         digest = hashlib.sha256(data).hexdigest()
         metrics.decode_seconds.observe(time.perf_counter() - start)
         return Prepared(tensor, placement, picture.orientation, backdrop, digest)
+
+
+def _class_index(model: "Model", text: str, option_is: str, also: str = "") -> int:
+    """The class that an option's text names; `also`: what else it may say. Raises ServiceError(unknown_class)."""
+    try:
+        return model.class_index(text)
+    except UnknownTargetError:
+        similar = nearest(text, model.labels)
+        allowed = f"an index in 0..{len(model.labels) - 1}, a class name or id{also}"
+        hint = f" Did you mean {similar!r}?" if similar else ""
+        message = f"Option {option_is} {text[:64]!r}; allowed: {allowed}.{hint}"
+    raise ServiceError("unknown_class", message)
 
 
 async def _watch_loop() -> None:
@@ -334,11 +367,12 @@ def best(probabilities: "np.ndarray[tuple[int], np.dtype[np.float32]]", k: int) 
 
 
 def _backdrop(image: Pixels, placement: "Placement", height: int, width: int) -> Pixels:
-    """What the model saw of the original: at its own resolution up to MAX_PICTURE_SIDE, and no less than the map's."""
+    """What the model saw of the original, in its own aspect: at its resolution up to MAX_PICTURE_SIDE, and no less
+    than the map's up to MAX_STRIP_SIDE."""
     left, top, right, bottom = placement.crop_box
     box = (max(0.0, left), max(0.0, top), min(image.width, right), min(image.height, bottom))
-    scale = min(1.0, MAX_PICTURE_SIDE / max(box[2] - box[0], box[3] - box[1]))
-    size = max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale))
-    if size[0] < width or size[1] < height:
-        size = width, height
+    across, down = box[2] - box[0], box[3] - box[1]
+    scale = min(1.0, MAX_PICTURE_SIDE / max(across, down))
+    scale = max(scale, min(max(width / across, height / down), MAX_STRIP_SIDE / max(across, down)))
+    size = max(1, round(across * scale)), max(1, round(down * scale))
     return image.resize(size, Resampling.BILINEAR, box=box, reducing_gap=3.0)

@@ -8,21 +8,58 @@ that no prediction waits behind an explanation of many passes.
 import asyncio
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from parchgrad.errors import ParchGradError
+from parchgrad.errors import ParchGradError, TableError
+from parchgrad.versions import versions_of
 from service import memory, metrics
 from service.batching import Batcher
 from service.engine import DeviceMemoryError, Engine, Job, Result
 from service.errors import ServiceError
-from service.settings import NAME, Settings
+from service.settings import NAME, PREFIX, PROJECT_ROOT, Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
+FORESEEN = (ParchGradError, ServiceError, SettingsError)  # their messages say all there is to say
+
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"  # as Triton's repository index has them
+STILL_LOADING = "The model is still loading."
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingsError where a model that is to be served, its version or its table is not there. Opens no file."""
+    for variable, folder in (("MODELS_DIR", settings.models_dir), ("TABLES_DIR", settings.tables_dir)):
+        if not folder.is_dir():
+            raise SettingsError(f"{PREFIX}{variable}", _given(folder), "a folder that exists")
+    for name, pinned in settings.entries:
+        variable = f"{PREFIX}MODEL" if name == settings.entries[0][0] else f"{PREFIX}MODELS"
+        there = versions_of(settings.models_dir / name)
+        if not there:
+            known = ", ".join(f"'{one}'" for one in settings.names_there) or "none"
+            raise SettingsError(variable, name, f"a model of {_given(settings.models_dir)}; there is {known}")
+        if pinned and pinned not in there:
+            raise SettingsError(variable, f"{name}/{pinned}", f"a version of '{name}'; there is {', '.join(there)}")
+        for version in _chosen(settings, pinned, there):
+            if not (settings.tables_dir / name / version).is_dir():
+                tables = ", ".join(f"{name}/{one}" for one in versions_of(settings.tables_dir / name)) or "none"
+                allowed = f"a folder with the selection table {name}/{version}; there is {tables}"
+                raise SettingsError(f"{PREFIX}TABLES_DIR", _given(settings.tables_dir), allowed)
+
+
+def _given(folder: Path) -> str:
+    """A folder of the settings as it is written in them: relative ones start at the project root."""
+    return str(folder.relative_to(PROJECT_ROOT) if folder.is_relative_to(PROJECT_ROOT) else folder)
+
+
+def _chosen(settings: Settings, pinned: str | None, there: list[str]) -> list[str]:
+    """Which versions the settings ask for, of those that are `there`, newest first."""
+    if pinned:
+        return [pinned]
+    return there if settings.versions == "all" else there[:1]
 
 
 @dataclass(frozen=True)
@@ -76,18 +113,19 @@ class Served:
 
 
 class Repository:
-    """Which versions serve, by name. Used on the event loop, but for `load_first`, which is a thread's work."""
+    """Which versions serve, by name. Lives on the event loop; only reading and proving a version is a thread's work."""
 
-    def __init__(self, settings: Settings, wishes: Mapping[str, bool] | None = None) -> None:
+    def __init__(self, settings: Settings, wishes: Mapping[str, bool], on_change: Callable[[], None]) -> None:
         """`wishes`: models loaded (True) or unloaded since the service started, over what the settings name."""
-        self._settings = settings
+        self._settings, self._on_change = settings, on_change
         self._entries = dict(settings.entries)  # versions pinned by the settings
-        for name, served in (wishes or {}).items():
+        for name, served in wishes.items():
             if served:
                 self._entries.setdefault(name, None)
             else:
                 self._entries.pop(name, None)
         self.default = settings.entries[0][0]
+        self._unloaded = {name for name, served in wishes.items() if not served}
         self._served: dict[str, dict[str, Served]] = {}
         self._states: dict[str, list[ModelState]] = {name: [ModelState(name, "", LOADING)] for name in self._entries}
         self._loader = ThreadPoolExecutor(1, "load")
@@ -95,6 +133,7 @@ class Repository:
         self._map_lane = ThreadPoolExecutor(1, "maps")
         self._changing = asyncio.Lock()  # one load or unload at a time: memory for one more version is enough
         self._retiring: set[asyncio.Task[None]] = set()
+        self._first: asyncio.Task[None] | None = None
 
     # --- asking ---------------------------------------------------------------------------------------
 
@@ -125,9 +164,9 @@ class Repository:
         return _newest_first(self._served.get(name, {}))
 
     def require_any(self) -> None:
-        """Raises ServiceError(not_ready) while nothing serves at all."""
-        if not self._served:
-            raise ServiceError("not_ready", self.failure or "The model is still loading.")
+        """Raises ServiceError(not_ready) before any model serves. Why one failed, `use` says to whoever names it."""
+        if not self._served and self.loading:
+            raise ServiceError("not_ready", STILL_LOADING)
 
     @contextmanager
     def use(self, name: str | None = None, version: str | None = None) -> Iterator[Served]:
@@ -143,6 +182,8 @@ class Repository:
         if not versions:
             for state in self._states.get(name, ()):
                 raise ServiceError("not_ready", state.reason or f"Model '{name}' is still loading.")
+            if name in self._unloaded:
+                raise ServiceError("unknown_model", f"Model '{name}' was unloaded.")
             there = ", ".join(f"'{one}'" for one in sorted(self._served)) or "none"
             raise ServiceError("unknown_model", f"There is no model {name[:64]!r}; there is {there}.")
         if version is None:
@@ -155,20 +196,19 @@ class Repository:
     # --- changing -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to load what the settings name."""
-        self._loader.submit(self._load_first)
+        """Begin to load what the settings name; called on the event loop."""
+        self._first = asyncio.get_running_loop().create_task(self._load_first())
 
-    def _load_first(self) -> None:
-        for name in self._entries:
-            try:
-                served = self._loaded(name)
-            except Exception as error:  # the worker stays alive to say on /readyz and in its log what is wrong
-                log.exception("Model '%s' was not loaded.", name)
-                reason = f"Model '{name}' was not loaded: {self._told(error)}"
-                self._states[name] = [ModelState(name, self._entries[name] or "", UNAVAILABLE, reason)]
-            else:
-                self._serve(name, served)
-        metrics.ready.set(int(self.ready))
+    async def _load_first(self) -> None:
+        async with self._changing:
+            for name, version in self._entries.items():
+                try:
+                    served = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded, name)
+                except Exception as error:  # the worker stays alive to say on /readyz and in its log what is wrong
+                    self._states[name] = [ModelState(name, version or "", UNAVAILABLE, self._told(name, error))]
+                else:
+                    self._serve(name, served)
+            self._on_change()
 
     async def load(self, name: str) -> None:
         """Load a model's versions from the disk, or load them again; what served goes on until they are proven.
@@ -182,11 +222,10 @@ class Repository:
             except ServiceError:
                 raise
             except Exception as error:
-                log.exception("Model '%s' was not loaded.", name)
-                raise ServiceError("load_failed", f"Model '{name}' was not loaded: {self._told(error)}") from None
+                raise ServiceError("load_failed", self._told(name, error)) from None
             before = self._served.get(name, {})
             self._serve(name, served)
-            metrics.ready.set(int(self.ready))
+            self._on_change()
             self._retire(before)
 
     async def unload(self, name: str) -> None:
@@ -195,10 +234,14 @@ class Repository:
             if name not in self._states:
                 raise ServiceError("unknown_model", f"There is no model {name[:64]!r} to unload.")
             del self._states[name]
+            self._unloaded.add(name)
+            self._on_change()
             self._retire(self._served.pop(name, {}))
 
     async def close(self) -> None:
         """Stop all queues; what waits in them is cancelled."""
+        if self._first is not None:
+            self._first.cancel()
         versions = [served for name in self._served for served in self._served[name].values()]
         self._served.clear()
         self._states.clear()
@@ -206,17 +249,24 @@ class Repository:
         for lane in (self._predict_lane, self._map_lane, self._loader):
             lane.shutdown(wait=False, cancel_futures=True)
 
-    def _told(self, error: Exception) -> str:
-        """What callers may know: where our folders are is nobody's business, nor what an unforeseen error says."""
-        if not isinstance(error, ParchGradError | ServiceError):
-            return f"{type(error).__name__}; the log says more."
-        text = str(error)
-        for folder in (self._settings.models_dir, self._settings.tables_dir):
-            text = text.replace(f"{folder}/", "")
-        return text
+    def _told(self, name: str, error: Exception) -> str:
+        """Log why a model was not loaded; what callers may know of it.
+
+        Where our folders are is nobody's business, nor what an unforeseen error says.
+        """
+        start = f"Model '{name}' was not loaded:"
+        if not isinstance(error, FORESEEN):
+            log.error("%s", start, exc_info=error)
+            return f"{start} {type(error).__name__}; the log says more."
+        text = " ".join(str(error).split()).removeprefix(f"Model '{name}': ")
+        if text.startswith(f"Model '{name}' "):
+            text = "it" + text.removeprefix(f"Model '{name}'")
+        log.error("%s %s", start, text)
+        return f"{start} {_without_folders(text, (self._settings.models_dir, self._settings.tables_dir))}"
 
     def _serve(self, name: str, served: dict[str, Served]) -> None:
         self._served[name] = served
+        self._unloaded.discard(name)
         self._states[name] = [ModelState(name, version, READY) for version in _newest_first(served)]
         for one in served.values():
             metrics.model_info.labels(*_identity(one)).set(1)
@@ -235,6 +285,10 @@ class Repository:
 
     def _made(self, name: str, version: str) -> Served:
         settings = self._settings
+        _check_device(settings.device)
+        table = settings.tables_dir / name / version
+        if not table.is_dir():
+            raise TableError(f"There is no selection table for {name}/{version}; expected one in {table}.")
         engine = Engine(settings, name, version)
         if settings.self_test:
             engine.self_test()
@@ -253,22 +307,37 @@ class Repository:
         return Served(engine, batcher(self._predict_lane), batcher(self._map_lane))
 
     def _chosen_versions(self, name: str) -> list[str]:
-        there = self._folder_versions(name)
-        if pinned := self._entries.get(name):
-            if pinned not in there:
-                raise ServiceError("unknown_version", f"Model '{name}' has no version '{pinned}' in the repository.")
-            return [pinned]
-        return there if self._settings.versions == "all" else there[:1]
+        there, pinned = self._folder_versions(name), self._entries.get(name)
+        if pinned and pinned not in there:
+            known = ", ".join(there)
+            raise ServiceError("unknown_version", f"Model '{name}' has no version {pinned} on disk; there is {known}.")
+        return _chosen(self._settings, pinned, there)
 
     def _folder_versions(self, name: str) -> list[str]:
         """Version folders of a model, newest first. Raises ServiceError(unknown_model) where there is none."""
         if not re.fullmatch(NAME, name):
             raise ServiceError("unknown_model", f"There is no model {name[:64]!r} in the repository.")
-        folder = self._settings.models_dir / name
-        found = [p.name for p in folder.iterdir() if re.fullmatch("[1-9][0-9]*", p.name)] if folder.is_dir() else []
+        found = versions_of(self._settings.models_dir / name)
         if not found:
             raise ServiceError("unknown_model", f"There is no model '{name}' in the repository.")
-        return sorted(found, key=int, reverse=True)
+        return found
+
+
+def _check_device(device: str) -> None:
+    """Raises SettingsError where torch sees no such device; asked of workers alone, as it loads torch."""
+    import torch
+
+    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    wanted = "cuda:0" if device == "cuda" else device
+    if wanted not in known:
+        raise SettingsError(f"{PREFIX}DEVICE", device, f"a device that is here: {', '.join(known)}")
+
+
+def _without_folders(text: str, folders: Iterable[Path]) -> str:
+    """No absolute path: what lies in one of `folders` begins with the folder's name, of others the last part stays."""
+    for folder in sorted(folders, key=lambda one: len(str(one)), reverse=True):
+        text = re.sub(rf"(?<![\w./]){re.escape(str(folder))}(?![\w.-])", folder.name, text)
+    return re.sub(r"(?<![\w./])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def _newest_first(versions: dict[str, Served]) -> list[str]:

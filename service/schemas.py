@@ -17,7 +17,8 @@ from service.errors import STATUS, ServiceError
 ENCODINGS = ("uint8", "float16", "float32", "list", "png", "none")
 MAX_TOP = 20
 MAX_PASSES = 100  # steps or samples of one image: a device call cannot be interrupted
-MAX_TIMEOUT_MS = 3_600_000
+MAX_TEXT = 1000  # characters of an option: options are held against the model on the event loop
+MAX_PARTS = 50  # patterns or classes in one
 DEFAULT_TOP_K = 5
 
 # The library's, whose modules load torch, which the supervisor must not; the tests hold these to the library.
@@ -25,6 +26,16 @@ METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad",
 SELECTIONS = ("class", "instance")
 CONSERVE = ("independent", "exact", "none")
 SEEDS = ("logit", "probability_weighted_logit")
+
+# Options that take part in a map only under one method, or only under the rule: elsewhere they are refused, and an
+# answer does not carry them.
+METHOD_OF = {
+    "steps": "integrated_gradients",
+    "samples": "smoothgrad",
+    "noise": "smoothgrad",
+    "noise_seed": "smoothgrad",
+}
+OF_RULE = ("quantile", "alpha", "gamma", "selection", "conserve", "layers", "normality_filter")
 
 # A JSON number without its leniency's extremes; float() also takes '1_0', ' 1', 'nan' and digits of other scripts.
 _DECIMAL = re.compile(r"-?[0-9]{1,64}(\.[0-9]{1,64})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
@@ -50,6 +61,12 @@ def _integer(low: int, high: int) -> Kind:
         return int(text)
 
     return Kind(parse, {"type": "integer", "minimum": low, "maximum": high}, f"an integer in {low}..{high}")
+
+
+def _count(most: str) -> Kind:
+    """An integer of at least 1 whose upper bound, `most` in words, is the model's or the service's."""
+    kind = _integer(1, 10**19)
+    return Kind(kind.parse, {"type": "integer", "minimum": 1}, f"an integer of at least 1, at most {most}")
 
 
 def _number(low: float, high: float, *, above: bool = False, infinity: bool = False) -> Kind:
@@ -90,12 +107,12 @@ def _boolean() -> Kind:
 
 
 def _text(allowed: str, parse: Callable[[str], Any] = str) -> Kind:
-    def parse_not_empty(text: str) -> Any:
-        if not text:
+    def parse_bounded(text: str) -> Any:
+        if not 1 <= len(text) <= MAX_TEXT:
             raise ValueError
         return parse(text)
 
-    return Kind(parse_not_empty, {"type": "string", "minLength": 1}, allowed)
+    return Kind(parse_bounded, {"type": "string", "minLength": 1, "maxLength": MAX_TEXT}, allowed)
 
 
 def _target(text: str) -> str:
@@ -105,8 +122,8 @@ def _target(text: str) -> str:
 
 
 def _globs(text: str) -> tuple[str, ...]:
-    globs = tuple(part.strip() for part in text.split(","))
-    if not all(globs):
+    globs = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not all(globs) or len(globs) > MAX_PARTS:
         raise ValueError
     return globs
 
@@ -116,7 +133,7 @@ class ExplainWhen:
     """When a map is made: where any of the given conditions holds, in terms of the prediction or of the image.
 
     `confidence_below`: the predicted class's probability is less.  `classes`: the predicted class is one of these,
-    indices or names.  `sample_rate`: this share of images, chosen by their bytes, so the same image always decides
+    indices, names or ids.  `sample_rate`: this share of images, chosen by their bytes, so the same image always decides
     the same.
     """
 
@@ -142,8 +159,8 @@ def _condition(text: str) -> tuple[str, Any]:
         return "confidence_below", _number(0, 1, above=True).parse(text.removeprefix("confidence<"))
     if text.startswith("sample:"):
         return "sample_rate", _number(0, 1).parse(text.removeprefix("sample:"))
-    classes = tuple(text.removeprefix("class:").split("|"))
-    if not text.startswith("class:") or not all(classes):
+    classes = tuple(dict.fromkeys(text.removeprefix("class:").split("|")))
+    if not text.startswith("class:") or not all(classes) or len(classes) > MAX_PARTS:
         raise ValueError
     return "classes", classes
 
@@ -176,30 +193,36 @@ def _invalid(name: str, text: str, allowed: str) -> ServiceError:
     return ServiceError("option_invalid", f"Option '{name}' is {text[:64]!r}; allowed: {allowed}.")
 
 
-_PREDICTED = f"a class index, a class name, predicted, or top:k with k in 1..{MAX_TOP}"
-_WHEN = (
-    "always, or one or more of confidence<NUMBER, class:NAME|NAME and sample:NUMBER joined by ';', numbers in [0, 1]"
+_TARGET = (
+    "a class index, name or id, predicted, or top:k with k an integer of at least 1, at most the number of classes, "
+    f"and {MAX_TOP}"
 )
+_WHEN = (
+    "always, or one or more of confidence<NUMBER, class:CLASS|CLASS and sample:NUMBER joined by ';', a CLASS being an "
+    "index, name or id and a NUMBER in [0, 1]"
+)
+_LONGEST = "the longest deadline that the service gives"
 
 # Options of one image: given once for all images, or once for each.
 OPTIONS = {
     option.name: option
     for option in (
-        Option("top_k", _integer(1, 1_000_000), "Number of predictions to return.", DEFAULT_TOP_K, predict=True),
-        Option("timeout_ms", _integer(1, MAX_TIMEOUT_MS), "Deadline of this image, milliseconds.", predict=True),
+        Option("top_k", _count("the number of classes"), "Predictions to return.", DEFAULT_TOP_K, predict=True),
+        Option("timeout_ms", _count(_LONGEST), "Deadline of this image, milliseconds.", predict=True),
         Option(
             "explain_timeout_ms",
-            _integer(1, MAX_TIMEOUT_MS),
+            _count(_LONGEST),
             "Deadline of this image's map, milliseconds: past it the prediction is answered without the map.",
         ),
         Option(
             "explain_when",
             _text(_WHEN, _explain_when),
             "When to make a map: where any of the conditions holds. 'confidence<0.6': the predicted class is less "
-            "probable; 'class:217|tench': it is one of these; 'sample:0.05': this share of images. Else only predict.",
+            "probable; 'class:217|n01440764': it is one of these; 'sample:0.05': this share of images. Else only "
+            "predict.",
             "always",
         ),
-        Option("target", _text(_PREDICTED, _target), "Class to explain; 'top:k': the k most probable.", "predicted"),
+        Option("target", _text(_TARGET, _target), "Class to explain; 'top:k': the k most probable.", "predicted"),
         Option("method", _one_of(*METHODS), "Attribution method.", "gradient"),
         Option("rule", _boolean(), "false: the plain method, without ParchGrad.", True),
         Option(
@@ -211,7 +234,7 @@ OPTIONS = {
         Option("conserve", _one_of(*CONSERVE), "How the rule keeps the gradient's size; default: the table's."),
         Option(
             "layers",
-            _text("comma-separated layer names or glob patterns", _globs),
+            _text(f"comma-separated layer names or glob patterns, {MAX_PARTS} at most", _globs),
             "Comma-separated layer names or glob patterns the rule acts on; default: the table's.",
         ),
         Option("normality_filter", _boolean(), "Leave out channels distributed normally; default: the table's."),
@@ -234,9 +257,17 @@ OPTIONS = {
         Option("overlay", _one_of(*OVERLAYS), "What pictures show under the map.", "original"),
         Option("clip_lower", _number(0, 100), "Percentile of the map drawn as nothing; less than clip_upper.", 0.0),
         Option("clip_upper", _number(0, 100), "Percentile of the map drawn as full.", 99.5),
-        Option("outline", _boolean(), "Pictures show outlines of the regions that matter most, not pixels.", False),
+        Option(
+            "outline",
+            _boolean(),
+            "Pictures show outlines of the regions that matter most, not pixels, and are dimmed outside of them "
+            "(overlay=mask_black: black).",
+            False,
+        ),
     )
 }
+
+TIMEOUTS = ("timeout_ms", "explain_timeout_ms")
 
 # Options of the whole request: given once.
 REQUEST_OPTIONS = {
@@ -313,7 +344,24 @@ def parse_options(fields: Mapping[str, Sequence[str]], images: int, route: str) 
                 f"{', '.join([*known, *REQUEST_OPTIONS])}.",
             )
     columns = {name: _column(OPTIONS[name], texts, images) for name, texts in fields.items()}
-    return [_of_image({name: column[i] for name, column in columns.items()}) for i in range(images)]
+    asked = [_of_image({name: column[i] for name, column in columns.items()}) for i in range(images)]
+    _check_effects([one.explain for one in asked])
+    return asked
+
+
+def _check_effects(asked: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse an option that changes no image's map; one that changes any may be given for all. Raises ServiceError."""
+    given = {name for one in asked for name in one}
+    methods = list(dict.fromkeys(one.get("method", OPTIONS["method"].default) for one in asked))
+    for name, method in METHOD_OF.items():
+        if name in given and method not in methods:
+            raise ServiceError(
+                "option_invalid", f"Option '{name}' is of {method} only; method is {', '.join(methods)}."
+            )
+    if not any(one.get("rule", OPTIONS["rule"].default) for one in asked):
+        for name in OF_RULE:
+            if name in given:
+                raise ServiceError("option_invalid", f"Option '{name}' has no effect with rule=false.")
 
 
 def _column(option: Option, texts: Sequence[str], images: int) -> list[Any]:
@@ -345,17 +393,24 @@ def option_defaults(table: Mapping[str, Any], timeout_ms: int) -> dict[str, Any]
     return {**ours, "timeout_ms": timeout_ms, **table}
 
 
+def timeout_kind(max_timeout_ms: int) -> Kind:
+    """What each of TIMEOUTS may be in a service that gives at most so long."""
+    return _integer(1, max_timeout_ms)
+
+
 def option_bounds(classes: int, layer_names: Sequence[str], max_timeout_ms: int) -> dict[str, str]:
     """What each option may be, in words, for a model of so many classes and the layers its table knows."""
-    timeout = _integer(1, max_timeout_ms).allowed
+    timeout = timeout_kind(max_timeout_ms).allowed
     most = min(MAX_TOP, classes)
-    return {option.name: option.kind.allowed for option in OPTIONS.values()} | {
-        "target": f"an index in 0..{classes - 1}, a class name, predicted, or top:k with k in 1..{most}",
-        "layers": f"comma-separated names or glob patterns of {', '.join(layer_names)}",
-        "top_k": _integer(1, classes).allowed,
-        "timeout_ms": timeout,
-        "explain_timeout_ms": timeout,
-    }
+    return (
+        {option.name: option.kind.allowed for option in OPTIONS.values()}
+        | dict.fromkeys(TIMEOUTS, timeout)
+        | {
+            "target": f"an index in 0..{classes - 1}, a class name or id, predicted, or top:k with k in 1..{most}",
+            "layers": f"comma-separated names or glob patterns of {', '.join(layer_names)}",
+            "top_k": _integer(1, classes).allowed,
+        }
+    )
 
 
 # --- answers -----------------------------------------------------------------------------------------------
@@ -430,8 +485,8 @@ class Quality(Answer):
 class ExplanationAnswer(Answer):
     """The map and every option it was made with, enough to make it again.
 
-    `quantile` (a number, or by layer pattern) or `alpha`; `steps` only of integrated_gradients; `samples`, `noise`
-    and `noise_seed` only of smoothgrad. Numbers are exact.
+    Under `rule` also `quantile` (a number, or by layer pattern) or `alpha`, and `gamma` to `normality_filter`; `steps`
+    only of integrated_gradients; `samples`, `noise` and `noise_seed` only of smoothgrad. Numbers are exact.
     """
 
     status: Literal["ok"] = "ok"
@@ -440,11 +495,11 @@ class ExplanationAnswer(Answer):
     rule: bool
     quantile: float | dict[str, float] | None = None
     alpha: float | None = None
-    gamma: float | Literal["inf"]
-    selection: str
-    conserve: str
-    layers: list[str]
-    normality_filter: bool
+    gamma: float | Literal["inf"] | None = None
+    selection: str | None = None
+    conserve: str | None = None
+    layers: list[str] | None = None
+    normality_filter: bool | None = None
     seed: str
     steps: int | None = None
     samples: int | None = None

@@ -4,15 +4,18 @@ This module is imported by BentoML's supervisor as well as by its workers: nothi
 before a worker makes a `ParchGradService`.
 """
 
+import json
 import os
 from typing import Any, cast
 
 import bentoml
+from starlette.exceptions import HTTPException
 
-from service import access, audit, connections, memory, metrics
+from service import access, audit, connections, memory, metrics, repository
 from service.access import Gate
-from service.app import Envelope, create_app
+from service.app import Envelope, create_app, error_body
 from service.draining import drain_on_sigterm
+from service.errors import ServiceError
 from service.pipeline import Pipeline
 from service.protocols import grpc_server
 from service.protocols.grpc_server import GrpcServer
@@ -25,9 +28,13 @@ try:
     audit.check(SETTINGS)
     grpc_server.check(SETTINGS, access.bind_host())
     ACCESS = access.Access.from_settings(SETTINGS)
+    # Asked of the supervisor alone: a bento may be built without its models, and a worker that takes another's place
+    # stays alive, and says on /readyz that what it began with is gone.
+    if access.bind_host() is not None:
+        repository.check(SETTINGS)
 except SettingsError as error:
     raise SystemExit(f"Error: {error}") from None
-connections.install()
+connections.install(SETTINGS)
 APP = create_app()
 
 
@@ -59,12 +66,24 @@ class ParchGradService:
         drain_on_sigterm(self.pipeline)
 
     async def __is_ready__(self) -> bool:
-        return self.pipeline.ready
+        """Raises HTTPException where it is not: of False, BentoML's /readyz would say no more than that."""
+        if not self.pipeline.ready:
+            raise _not_ready(self.pipeline)
+        return True
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]  # BentoML does not type it
     async def close(self) -> None:
         await self.grpc.close()
         await self.pipeline.close()
+
+
+def _not_ready(pipeline: Pipeline) -> HTTPException:
+    """Why, in our form of an error, which the envelope leaves as it is."""
+    reason = pipeline.repository.failure or repository.STILL_LOADING
+    error = ServiceError("not_ready", "The service is stopping." if pipeline.draining else reason)
+    metrics.rejects.labels(error.code).inc()
+    headers = {"Content-Type": "application/json", **error.headers}
+    return HTTPException(error.status, json.dumps(error_body("/readyz", error)), headers)
 
 
 _service = cast(Any, ParchGradService)

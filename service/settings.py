@@ -1,16 +1,18 @@
 """Environment (`PARCHGRAD_*`) -> one frozen, validated `Settings`, read once when the service module is imported."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from parchgrad.versions import versions_of
 from service.images import PILLOW_WARNS_ABOVE, ImageLimits
 
 PREFIX = "PARCHGRAD_"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent  # the checkout, or `src` inside a built bento
-NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 LINE = r"[^\n]*"
 KEYS = "NAME:SHA256[:PER_MINUTE], comma-separated"
 ENTRY = rf"{NAME}(/[1-9][0-9]*)?"
@@ -20,7 +22,7 @@ class SettingsError(Exception):
     """A variable that does not hold what it must: names the variable, the value and what is allowed."""
 
     def __init__(self, variable: str, value: str, allowed: str) -> None:
-        super().__init__(f"{variable}={value!r}: expected {allowed}.")
+        super().__init__(f"{variable}={value!r}: expected {allowed}{'' if allowed.endswith('?') else '.'}")
 
 
 def _within(default: Any, low: float, high: float, help: str) -> Any:
@@ -64,8 +66,12 @@ class Settings:
     decode_workers: int = _within(2, 1, 64, "threads that decode images")
     timeout_ms: int = _within(30_000, 1, 3_600_000, "deadline of a request that names none")
     max_timeout_ms: int = _within(120_000, 1, 3_600_000, "longest deadline a request may name")
-    max_bodies_bytes: int = _within(500_000_000, 1, 2**40, "JSON and tensor bodies in memory at once; more get 429")
+    max_bodies_bytes: int = _within(
+        1_000_000_000, 1, 2**40, "bodies not yet answered, in memory and on disk; more get 429"
+    )
+    head_timeout_ms: int = _within(10_000, 1, 3_600_000, "time a request's head has to arrive")
     body_timeout_ms: int = _within(30_000, 1, 3_600_000, "time a request's body has to arrive")
+    answer_timeout_ms: int = _within(30_000, 1, 3_600_000, "time in which a caller must take something of its answer")
     drain_ms: int = _within(1000, 0, 600_000, "how long a stopping worker says 503 on /readyz and still accepts")
     api_keys: str = _matching("", LINE, KEYS, "keys that may call; none: everybody may")
     api_keys_file: str = _matching("", LINE, "a file", "the same, one key a line")
@@ -88,6 +94,10 @@ class Settings:
             raise SettingsError(
                 f"{PREFIX}TIMEOUT_MS", str(self.timeout_ms), f"at most {PREFIX}MAX_TIMEOUT_MS={self.max_timeout_ms}"
             )
+        if self.shed_above > self.max_queue:
+            raise SettingsError(
+                f"{PREFIX}SHED_ABOVE", str(self.shed_above), f"at most {PREFIX}MAX_QUEUE={self.max_queue}"
+            )
 
     @property
     def batch_pixels(self) -> int:
@@ -105,7 +115,7 @@ class Settings:
         """What to serve: (name, version or None), the default model first. `*` is looked up in `models_dir`."""
         texts = [self.model, *filter(None, self.models.split(","))]
         if self.models == "*":
-            texts = [self.model, *sorted(p.name for p in self.models_dir.glob("*") if re.fullmatch(NAME, p.name))]
+            texts = [self.model, *self.names_there]
         chosen: dict[str, str | None] = {}
         for text in texts:
             name, _, version = text.partition("/")
@@ -113,13 +123,18 @@ class Settings:
         return list(chosen.items())
 
     @property
+    def names_there(self) -> list[str]:
+        """The models of `models_dir`: the folders in it that hold a version."""
+        return sorted(p.name for p in self.models_dir.glob("*") if re.fullmatch(NAME, p.name) and versions_of(p))
+
+    @property
     def image_limits(self) -> ImageLimits:
         return ImageLimits(self.max_image_bytes, self.max_image_pixels)
 
     @property
     def max_body_bytes(self) -> int:
-        """Images times bytes, plus a little for part headers and option fields."""
-        return self.max_images * (self.max_image_bytes + 4096) + 65536
+        """Images times bytes, plus a little for part headers and option fields; never more than all bodies may have."""
+        return min(self.max_images * (self.max_image_bytes + 4096) + 65536, self.max_bodies_bytes)
 
     @property
     def max_memory_body_bytes(self) -> int:
@@ -133,7 +148,12 @@ class Settings:
         given = {name: text for name, text in environment.items() if name.startswith(PREFIX)}
         for name in given:
             if name not in known:
-                raise SettingsError(name, given[name], f"one of the settings {', '.join(sorted(known))}")
+                # Without the prefix, by which all of them are near.
+                nearest = difflib.get_close_matches(
+                    name.removeprefix(PREFIX), [n.removeprefix(PREFIX) for n in known], 1
+                )
+                question = f"; did you mean {PREFIX}{nearest[0]}?" if nearest else ""
+                raise SettingsError(name, given[name], f"one of the settings {', '.join(sorted(known))}{question}")
         return cls(**{known[name].name: _parse(name, text, known[name]) for name, text in given.items()})
 
 

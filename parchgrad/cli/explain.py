@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 TOLERANCE = click.FloatRange(min=0)
 
+POLARITIES = ("both", "positive", "negative")  # those of parchgrad.render, which takes too long to load for --help
+
 # What each way of explaining has no use for; the words say why.
 LOCAL_ONLY = ("table", "device", "models_dir", "tables_dir")
 OF_REPLAY = ("arguments", "replay", "tolerance", "as_json", "device", "models_dir", "tables_dir")
@@ -34,6 +36,7 @@ class Drawing:
     colormap: str
     smooth: float
     mode: str
+    outline: bool
     names: list[str]
 
     def written(self, number: int, backdrop: NDArray[np.uint8], saliency: NDArray[np.float32]) -> Path:
@@ -41,7 +44,10 @@ class Drawing:
         from parchgrad.render import overlay, png
 
         path = self.out / f"{self.names[number]}.overlay.png"
-        path.write_bytes(png(overlay(backdrop, saliency, colormap=self.colormap, mode=self.mode, smooth=self.smooth)))
+        drawn = overlay(
+            backdrop, saliency, colormap=self.colormap, mode=self.mode, smooth=self.smooth, outline=self.outline
+        )
+        path.write_bytes(png(drawn))
         return path
 
 
@@ -59,13 +65,20 @@ class Drawing:
 @click.option("--conserve", help="independent, exact or none.  [default: the table's]")
 @click.option("--selection", help="class or instance.  [default: the table's]")
 @click.option("--layers", type=ListParameter(str), help="Glob patterns.  [default: the table's]")
+@click.option("--steps", type=int, help="Points of integrated_gradients.  [default: 25]")
+@click.option("--samples", type=int, help="Noisy copies of smoothgrad.  [default: 25]")
 @click.option("--plain", is_flag=True, help="Without the rule: the plain method.")
+@click.option(
+    "--polarity", type=click.Choice(POLARITIES), default="both", show_default=True,
+    help="What the map shows: the positive or the negative part of the attribution, or its magnitude.",
+)  # fmt: skip
 @click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Where the overlays go.")
 @click.option("--colormap", default="inferno", show_default=True, help="As matplotlib calls it: viridis, turbo, ...")
 @click.option(
     "--smooth", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Blur of the drawn map, pixels."
 )
 @click.option("--overlay", "mode", default="original", show_default=True, help="none, original, grayscale, mask_black.")
+@click.option("--outline", is_flag=True, help="Draw outlines of the regions that matter most, not pixels.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object an image instead of the table.")
 @click.option("--url", help="Explain through the service at this address; MODEL is one of its models.")
 @click.option("--api-key-file", type=FILE, help="File that holds the key for the service, and nothing else.")
@@ -78,9 +91,10 @@ class Drawing:
 def explain(
     context: click.Context, arguments: tuple[str, ...], table: str | None, target: tuple[str, ...], method: str,
     quantile: float | None, alpha: float | None, gamma: float | None, conserve: str | None,
-    selection: str | None, layers: tuple[str, ...] | None, plain: bool, out: Path, colormap: str, smooth: float,
-    mode: str, as_json: bool, url: str | None, api_key_file: Path | None, replay: Path | None, tolerance: float | None,
-    device: str, models_dir: Path, tables_dir: Path,
+    selection: str | None, layers: tuple[str, ...] | None, steps: int | None, samples: int | None, plain: bool,
+    polarity: str, out: Path, colormap: str, smooth: float, mode: str, outline: bool, as_json: bool, url: str | None,
+    api_key_file: Path | None, replay: Path | None, tolerance: float | None, device: str, models_dir: Path,
+    tables_dir: Path,
 ) -> None:  # fmt: skip
     """Predict and explain the image files with MODEL; writes an overlay PNG for each.
 
@@ -103,19 +117,20 @@ def explain(
     _refuse(context, ["tolerance"], "it is an option of --replay")
     if target and len(target) not in (1, len(images)):
         raise click.UsageError(f"--target is given {len(target)} times; expected once, or once for each image.")
-    drawing = Drawing(out, colormap, smooth, mode, _distinct([path.stem for path in images]))
+    drawing = Drawing(out, colormap, smooth, mode, outline, _distinct([path.stem for path in images]))
     options = {
         "method": method, "rule": not plain, "quantile": quantile, "alpha": alpha, "gamma": gamma,
         "conserve": conserve, "selection": selection, "layers": None if layers is None else list(layers),
+        "steps": steps, "samples": samples,
     }  # fmt: skip
     if url is None:
         _refuse(context, ["api_key_file"], "it is an option of --url")
-        rows = _explained(model, images, target, options, drawing, table, device, models_dir, tables_dir)
+        rows = _explained(model, images, target, options, polarity, drawing, table, device, models_dir, tables_dir)
     else:
         from parchgrad.cli.explain_remote import explained_remotely
 
         _refuse(context, LOCAL_ONLY, "the service at --url chooses that")
-        rows = explained_remotely(url, api_key_file, model, images, target, options, drawing)
+        rows = explained_remotely(url, api_key_file, model, images, target, options | {"polarity": polarity}, drawing)
     printed_to, failed = sys.stdout, False  # a progress bar redirects what is printed
     for row in rows:
         if isinstance(row, str):
@@ -141,14 +156,15 @@ def _refuse(context: click.Context, names: list[str] | tuple[str, ...], why: str
 
 
 def _explained(
-    model: str, images: list[Path], target: tuple[str, ...], options: dict[str, Any], drawing: Drawing,
-    table: str | None, device: str, models_dir: Path, tables_dir: Path,
+    model: str, images: list[Path], target: tuple[str, ...], options: dict[str, Any], polarity: str,
+    drawing: Drawing, table: str | None, device: str, models_dir: Path, tables_dir: Path,
 ) -> Iterator[dict[str, Any] | str]:  # fmt: skip
     """What there is to say of each image, or why it cannot be read."""
     from parchgrad.errors import DataError
     from parchgrad.evaluation.maps import gini
     from parchgrad.explainer import Explainer
     from parchgrad.preprocessing import read_image
+    from parchgrad.render import REDUCTION_OF_POLARITY
     from parchgrad.tables import load_table
 
     loaded = load_named_model(model, models_dir)
@@ -164,7 +180,7 @@ def _explained(
             yield str(error)
             continue
         e = explainer.explain(pixels[None], targets[number % len(targets)], **options)
-        saliency = e.saliency()[0].cpu().numpy()
+        saliency = e.saliency(REDUCTION_OF_POLARITY[polarity])[0].cpu().numpy()
         index, probabilities = int(e.targets[0]), e.probabilities()[0]
         best = int(probabilities.argmax())
         yield {

@@ -28,7 +28,7 @@ def explained_remotely(
     if any(one.startswith("top:") for one in target):
         raise click.UsageError("--target is top:k, which is several maps an image; expected one class.")
     name, _, version = model.partition("/")
-    key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
+    key = None if api_key_file is None else _key(api_key_file)
     drawing.out.mkdir(parents=True, exist_ok=True)
     # Lines on a terminal are progress enough, and a bar below them would be torn.
     bar = nullcontext(None) if sys.stdout.isatty() else progress_bar("explaining", "images")
@@ -42,6 +42,15 @@ def explained_remotely(
         )
         for number, (path, result) in enumerate(zip(images, results, strict=True)):
             yield _row(number, path, result, drawing)
+
+
+def _key(file: Path) -> str:
+    """The file's one word. Raises ClickException, without a word of what it holds."""
+    words = file.read_text(encoding="utf-8-sig", errors="replace").split()
+    if len(words) != 1:
+        held = "more than one word" if words else "nothing"
+        raise click.ClickException(f"API key file '{file}' holds {held}; it must hold the token alone.")
+    return words[0]
 
 
 def _row(number: int, path: Path, result: Result, drawing: Drawing) -> dict[str, Any] | str:

@@ -34,6 +34,8 @@ def replay_answer(
             click.echo(json.dumps(asdict(one), ensure_ascii=False))
     else:
         _print_table(found)
+        for sentence in dict.fromkeys(one.versions for one in found if one.versions):
+            click.echo(sentence)
     if any(one.status == DIFFERENT for one in found):
         sys.exit(1)
     if not any(one.distance is not None for one in found):
@@ -47,15 +49,17 @@ def _print_table(found: list[Comparison]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("image", "target", "map"):
+    # Narrow enough for 80 columns: there only the names of image and target fold.
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("image", "target"):
         table.add_column(name, overflow="fold")
-    for name in ("distance", "of it encoding", "allowed", "rank corr.", "probability off"):
-        table.add_column(name, justify="right")
+    table.add_column("map", no_wrap=True)
+    for name in ("distance", "encoding", "allowed", "ranks", "prob."):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in found:
         figures = (one.distance, one.quantisation, one.tolerance, one.rank_correlation, one.probability_difference)
         target = "" if one.target is None else one.target.label
-        table.add_row(Path(one.image).name, target, one.status, *("" if f is None else f"{f:.3g}" for f in figures))
+        table.add_row(Path(one.image).name, target, one.status, *("" if f is None else f"{f:.4f}" for f in figures))
     console = Console(markup=False)
     console.print(table, width=None if console.is_terminal else PIPE_WIDTH, crop=False)
     for one in found:

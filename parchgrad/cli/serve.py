@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import click
 
 
 @click.command("serve", context_settings={"ignore_unknown_options": True})
-@click.option("--port", type=int, default=3000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -26,8 +28,24 @@ def serve(port: int, host: str, bentoml_arguments: tuple[str, ...]) -> None:
         raise click.ClickException("bentoml is not installed here; install parchgrad[service].")
     if not Path("service/service.py").is_file():
         raise click.ClickException("No folder 'service' here; run this from the project's checkout.")
+    _check_address(host, port)
     # bentoml would otherwise report its use to its makers.
     os.execve(executable, command, {"BENTOML_DO_NOT_TRACK": "true", **os.environ})
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises ClickException where nothing can listen at this address; bentoml would show where in it that failed."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection of an earlier run may linger
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"{host}:{port} is in use by another process; choose another --port."
+        else:
+            message = f"{host}:{port} is no address to listen at here ({error.strerror})."
+        raise click.ClickException(message) from None
 
 
 SERVICE = "service.service:ParchGradService"

@@ -47,6 +47,7 @@ def decode(message: "service_pb2.ModelInferRequest") -> InferRequest:
     return InferRequest(
         inputs={tensor.name: tensor for tensor in inputs},
         outputs={one.name: True for one in message.outputs},
+        binary_output=True,
         id=message.id,
         parameters=parameters(message.parameters),
     )

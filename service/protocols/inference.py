@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from service.answers import effective_options, map_error
 from service.engine import Engine
 from service.errors import ServiceError
 from service.pipeline import Image, Origin, Outcome, Pipeline
-from service.protocols.open_inference import Array, InferRequest, InferResponse, Parameters, Tensor
+from service.protocols.open_inference import Array, InferRequest, InferResponse, Parameters, Tensor, check_listed
 from service.repository import Served
 from service.schemas import OPTIONS, Drawing, ImageOptions, parse_options
 
@@ -114,7 +115,7 @@ async def infer(
     """
     images = await asyncio.to_thread(_images, served.engine, request, pipeline.settings.max_images)
     asked = _options(request, len(images))
-    _check_outputs(served.engine, request)
+    _check_outputs(served.engine, request, len(images))
     checked = pipeline.check(served, images, asked, explain=True, draw=False, arrival=arrival)
     if not request.wants("saliency"):
         checked = [replace(one, options=None) for one in checked]
@@ -270,7 +271,10 @@ def text_of(value: bool | int | float | str) -> str:
 # --- outputs -----------------------------------------------------------------------------------------------
 
 
-def _check_outputs(engine: Engine, request: InferRequest) -> None:
+def _check_outputs(engine: Engine, request: InferRequest, images: int) -> None:
+    """Names and size, before anything is computed; a side that is not known yet counts for one."""
+    listed = [spec for spec in outputs(engine) if request.wants(spec.name) and not request.wants_raw(spec.name)]
+    check_listed(sum(images * math.prod(max(1, side) for side in spec.sides) for spec in listed))
     known = [spec.name for spec in outputs(engine)]
     for name in request.outputs:
         if name not in known:

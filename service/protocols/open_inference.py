@@ -71,6 +71,9 @@ class InferRequest:
     def wants(self, name: str) -> bool:
         return not self.outputs or name in self.outputs
 
+    def wants_raw(self, name: str) -> bool:
+        return self.outputs.get(name, self.binary_output)
+
 
 @dataclass(frozen=True)
 class InferResponse:
@@ -335,18 +338,22 @@ def _short(value: object) -> str:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
+def check_listed(elements: int) -> None:
+    """Raises ServiceError(malformed_request) where outputs have more elements than are written in JSON."""
+    if elements > MAX_JSON_ELEMENTS:
+        raise _malformed(
+            f"The outputs asked for have {elements} elements in JSON; at most {MAX_JSON_ELEMENTS} are written: "
+            "ask for binary data."
+        )
+
+
 def encode(response: InferResponse, request: InferRequest) -> tuple[bytes, dict[str, str]]:
     """The body and its headers; each output raw or in JSON as the request asked. NaN and infinity are null in JSON.
 
     Raises ServiceError(malformed_request) where more elements than MAX_JSON_ELEMENTS were asked for in JSON.
     """
-    binary = [request.outputs.get(one.name, request.binary_output) for one in response.outputs]
-    listed = sum(one.data.size for one, is_raw in zip(response.outputs, binary, strict=True) if not is_raw)
-    if listed > MAX_JSON_ELEMENTS:
-        raise _malformed(
-            f"The outputs asked for have {listed} elements in JSON; at most {MAX_JSON_ELEMENTS} are written: "
-            "ask for binary data."
-        )
+    binary = [request.wants_raw(one.name) for one in response.outputs]
+    check_listed(sum(one.data.size for one, is_raw in zip(response.outputs, binary, strict=True) if not is_raw))
     outputs, raw = [], []
     for one, is_raw in zip(response.outputs, binary, strict=True):
         described: dict[str, Any] = {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}

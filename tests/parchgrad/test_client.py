@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import email
+import hashlib
 import io
 import json
+import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +22,7 @@ from PIL import Image
 from parchgrad import client as client_module
 from parchgrad import uploads
 from parchgrad.answers import AnswerError, read_answer, read_map
-from parchgrad.client import AsyncClient, Client, RequestRefusedError, UnavailableError
+from parchgrad.client import AsyncClient, Client, ClientError, RequestRefusedError, UnavailableError
 from parchgrad.errors import DataError, OptionError
 
 URL = "http://service.test:3000"
@@ -306,12 +309,31 @@ def test_a_picture_keeps_the_orientation_of_its_file():
         (np.zeros((0, 4, 3), np.uint8), r"uint8 \(0, 4, 3\)"),
         ([7], "'int'; allowed: a path, bytes"),
         ([io.BytesIO(b"x")], "'BytesIO'"),
+        (None, "Option 'images' is 'NoneType'; allowed: a path, bytes"),
+        (7, "Option 'images' is 'int'; allowed: a path, bytes"),
+        (io.BytesIO(b"x\ny"), "Option 'images' is 'BytesIO'; allowed: a path, bytes"),
     ],
-    ids=["float", "no-colours", "empty", "number", "file"],
+    ids=["float", "no-colours", "empty", "number", "file", "none", "no-list", "open-file"],
 )
 def test_what_is_no_image_is_refused(ask, image, message):
     with pytest.raises(OptionError, match=message):
         ask(Service()).predict(image)
+
+
+@pytest.mark.parametrize("image", ["a.png", b"abc", Image.new("L", (2, 2)), np.zeros((2, 2), np.uint8)])
+def test_one_image_is_not_taken_for_many(ask, image):
+    service = Service()
+    with pytest.raises(OptionError, match="allowed: an iterable of images"):
+        ask(service).predict_each(image)
+    assert service.requests == []
+
+
+@pytest.mark.parametrize("address", ["http://x/y.png", "https://x/y.png"])
+def test_addresses_are_not_fetched(ask, address):
+    with pytest.raises(DataError, match=f"Image '{address}' is an address, which is not fetched"):
+        ask(Service()).explain(address)
+    (result,) = ask(Service()).explain([address])
+    assert (result.error.code, "not fetched" in result.error.message) == ("image_unreadable", True)
 
 
 # --- bad images --------------------------------------------------------------------------------------------
@@ -434,19 +456,92 @@ def test_nothing_else_is_tried_again(ask, status):
 
 def test_a_service_that_does_not_answer_in_time_is_not_tried_again(ask):
     service = Service(httpx.ReadTimeout("timed out"))
-    with pytest.raises(UnavailableError, match="was asked once within 120 s: ReadTimeout: timed out"):
+    with pytest.raises(UnavailableError, match=rf"^{URL}/predict did not answer within 120 s \(1 try\)\.$"):
         ask(service).predict(grey(5))
     assert len(service.requests) == 1
 
 
 def test_tries_are_counted_and_the_last_reason_is_named(ask):
     service = Service(*[refused(429)] * 9)
-    with pytest.raises(UnavailableError, match=r"was asked 3 times within 120 s: .*429 queue_full: Because"):
+    said = r"is not available \(3 tries\): The service answered 429 queue_full: Because\.$"
+    with pytest.raises(UnavailableError, match=said):
         ask(service, retries=2).predict(grey(5))
     assert len(service.requests) == 3
     service = Service(*[refused(429)] * 9)
-    with pytest.raises(UnavailableError, match="was asked once"):
+    with pytest.raises(UnavailableError, match=r"is not available \(1 try\)"):
         ask(service, retries=0).predict(grey(5))
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (httpx.ConnectError("All connection attempts failed"), "cannot be reached: all connection attempts failed"),
+        (
+            caused(httpx.ConnectError("x"), caused(OSError("y"), ConnectionRefusedError(111, "Connect call failed"))),
+            "cannot be reached: connection refused",
+        ),
+        (
+            caused(httpx.ConnectError("x"), ExceptionGroup("all", [ConnectionRefusedError(111, "y")])),
+            "cannot be reached: connection refused",
+        ),
+        (
+            caused(httpx.ConnectError("x"), socket.gaierror(-2, "Name or service not known")),
+            "cannot be reached: name or service not known",
+        ),
+        (httpx.ReadError(""), "broke the connection before its answer was there: ReadError"),
+        (
+            caused(httpx.ReadError(""), ConnectionResetError(104, "x")),
+            "broke the connection before its answer was there: connection reset by peer",
+        ),
+        (
+            httpx.RemoteProtocolError("Server disconnected without sending a response."),
+            "broke the connection before its answer was there: server disconnected without sending a response",
+        ),
+    ],
+    ids=["connect", "refused", "several", "name", "read", "reset", "disconnected"],
+)
+def test_what_stood_in_the_way_is_said_plainly(ask, error, said):
+    with pytest.raises(UnavailableError) as caught:
+        ask(Service(error, error), retries=1).predict(grey(5))
+    assert str(caught.value) == f"{URL}/predict {said} (2 tries)."
+
+
+def test_a_timeout_of_connecting_says_so(ask):
+    with pytest.raises(UnavailableError, match=r"cannot be reached: no connection within 3 s \(1 try\)\.$"):
+        ask(Service(httpx.ConnectTimeout("timed out")), timeout=3).predict(grey(5))
+
+
+def test_a_port_where_nobody_listens_is_refused():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"  # bound, and not listening
+        said = f"{url}/models/m cannot be reached: connection refused (2 tries)."
+        with Client(url, retries=1) as client, pytest.raises(UnavailableError) as caught:
+            client.model("m")
+        assert str(caught.value) == said
+
+        async def awaited():
+            async with AsyncClient(url, retries=1) as client:
+                await client.model("m")
+
+        with pytest.raises(UnavailableError) as caught:
+            asyncio.run(awaited())
+        assert str(caught.value) == said
+
+
+def test_a_password_in_the_address_is_not_shown():
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>"))
+    client = Client("http://user:sesame@service.test", transport=transport)
+    with pytest.raises(AnswerError, match=r"http://service\.test/models did not answer JSON"):
+        client.models()
+    client = Client("http://user:sesame@service.test", transport=Service(refused(429)), retries=0)
+    with pytest.raises(UnavailableError, match=r"^http://service\.test/predict is not available"):
+        client.predict(grey(1))
 
 
 def test_what_the_service_asks_to_be_waited_is_waited(ask):
@@ -456,7 +551,7 @@ def test_what_the_service_asks_to_be_waited_is_waited(ask):
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun(ask):
-    with pytest.raises(UnavailableError, match=r"was asked once within 20 s: .*429"):
+    with pytest.raises(UnavailableError, match=r"\(1 try, the 20 s are too short for another\): .*429"):
         ask(Service(refused(429, **{"Retry-After": "60"})), timeout=20).predict(grey(5))
 
 
@@ -546,12 +641,14 @@ def test_every_encoding_of_a_map_is_read():
     ("change", "message"),
     [
         ({"shape": [3, 5]}, "a map of shape 3 x 5 has 12 values"),
-        ({"dtype": "float64"}, "field 'float64' is missing"),
+        ({"dtype": "int9"}, r"unknown dtype 'int9'; known are uint8, float16, float32, png\."),
+        ({"encoding": "hex"}, "unknown encoding 'hex'; known are base64, list"),
+        ({"encoding": "list", "dtype": "uint8"}, "unknown dtype 'uint8'; known are float32"),
         ({"data": "%%"}, "not base64"),
         ({"data": None}, "None is not text"),
         ({"shape": None}, "not iterable"),
     ],
-    ids=["shape", "dtype", "base64", "no-data", "no-shape"],
+    ids=["shape", "dtype", "encoding", "listed-dtype", "base64", "no-data", "no-shape"],
 )
 def test_a_map_that_is_none_is_refused(change, message):
     entry = explanation()["saliency"] | change
@@ -602,11 +699,74 @@ def test_a_service_that_is_not_there_is_not_ready(ask):
 
 def test_the_key_is_sent_as_a_bearer_token_and_shown_nowhere(ask):
     service = Service()
-    client = ask(service, api_key="open sesame")
+    client = ask(service, api_key=" open-sesame\n")
     client.predict(grey(1))
-    assert service.headers["authorization"] == "Bearer open sesame"
-    with Client(URL, api_key="open sesame", transport=service) as one:
+    assert service.headers["authorization"] == "Bearer open-sesame"
+    with Client(URL, api_key="open-sesame", transport=service) as one:
         assert "sesame" not in repr(one) + repr(vars(one))
+
+
+@pytest.mark.parametrize("key", ["open\nsesame", "open sesame", "sesame\x00", "s\u00e9same", "", "\n", b"sesame", 7])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_that_is_no_token_is_refused_and_not_shown(kind, key):
+    with pytest.raises(OptionError) as caught:
+        kind(URL, api_key=key)
+    again = pickle.loads(pickle.dumps(caught.value))
+    for error in (caught.value, again):
+        assert str(error) == "The API key is not one token of visible ASCII characters (it is not shown here)."
+        assert "same" not in repr(error) + repr(vars(error))
+
+
+@pytest.mark.parametrize("page", [True, False])
+@pytest.mark.parametrize("status", [401, 429])
+def test_a_page_that_quotes_the_key_does_not_bring_it_into_an_error(ask, page, status):
+    quoted = "x" * 190 + "Bearer open-sesame is wrong"
+    body = {"text": quoted} if page else {"json": {"error": {"code": "unauthorized", "message": quoted}}}
+    service = Service(httpx.Response(status, **body))
+    with pytest.raises(ClientError, match="xxx") as caught:
+        ask(service, api_key="open-sesame", retries=0).predict(grey(1))
+    assert "ope" not in str(caught.value)
+
+
+# --- the command's side ------------------------------------------------------------------------------------
+
+
+def explained_by(url, tmp_path, *arguments):
+    (tmp_path / "a.png").write_bytes(grey(1))
+    command = [sys.executable, "-m", "parchgrad", "explain", "tiny", tmp_path / "a.png", "--url", url, *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("open sesame", "holds more than one word; it must hold the token alone."),
+        ("the token:\nsesame\n", "holds more than one word; it must hold the token alone."),
+        ("\n", "holds nothing; it must hold the token alone."),
+        ("s\u00e9same", "The API key is not one token of visible ASCII characters (it is not shown here)."),
+    ],
+    ids=["words", "lines", "empty", "no-ascii"],
+)
+def test_a_key_file_that_holds_no_token_is_refused_and_not_shown(tmp_path, content, said):
+    (tmp_path / "k1").write_text(content, encoding="utf-8")
+    ran = explained_by("http://127.0.0.1:9", tmp_path, "--api-key-file", tmp_path / "k1")
+    assert ran.returncode == 1
+    prefix = f"API key file '{tmp_path / 'k1'}' " if said.startswith("holds") else ""
+    assert ran.stderr == f"Error: {prefix}{said}\n"
+
+
+def test_a_new_key_sent_to_a_file_is_what_the_client_takes(tmp_path):
+    made = subprocess.run(
+        [sys.executable, "-m", "parchgrad", "key", "new", "lab"], capture_output=True, text=True, check=True
+    )
+    token = made.stdout.removesuffix("\n")
+    assert len(token) == 43
+    assert token not in made.stderr
+    assert made.stderr.splitlines()[-1] == f"lab:{hashlib.sha256(token.encode()).hexdigest()}"
+    service = Service()
+    with Client(URL, api_key=made.stdout, transport=service) as client:
+        client.predict(grey(1))
+    assert service.headers["authorization"] == f"Bearer {token}"
 
 
 @pytest.mark.parametrize(

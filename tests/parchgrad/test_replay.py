@@ -16,7 +16,8 @@ from PIL import Image
 
 import parchgrad
 from parchgrad.cli import cli
-from parchgrad.errors import DataError, ModelError
+from parchgrad.errors import DataError, ModelError, TableError
+from parchgrad.evaluation.maps import gini
 from parchgrad.models import build_network
 from parchgrad.options import per_image
 from parchgrad.preprocessing import Preprocessing, read_image
@@ -56,7 +57,8 @@ class Place:
 
     def result(self, path, *targets, encoding="float32", polarity="both", top=False, **given):
         """What the service answers for one image, in its own form."""
-        pixels = self.model.preprocessing.apply(read_image(path))[0][None]
+        pixels, placement = self.model.preprocessing.apply(read_image(path))
+        pixels = pixels[None]
         probabilities = self.explainer.predict(pixels).softmax(dim=1)[0].tolist()
         (options,) = per_image(1, self.table.defaults, given)
         effective = {
@@ -73,15 +75,20 @@ class Place:
         reduction = {"both": "mean_abs"}.get(polarity, polarity)
         explanations = []
         for target in targets or (0,):
-            made = self.explainer.explain(pixels, target, **given).saliency(reduction)[0].numpy()
+            explained = self.explainer.explain(pixels, target, **given)
+            made = explained.saliency(reduction)[0].numpy()
             explanations.append(
                 {
                     "status": "ok",
                     "target": {"index": target, "label": LABELS[target], "probability": probabilities[target]},
                     **effective,
                     **({} if encoding == "none" else {"saliency": encoded(made, encoding)}),
-                    "transform": {"original_size": [60, 48], "exif_orientation": 1, "crop_box": [6, 0, 54, 48]},
-                    "quality": {"identity_layers": 0},
+                    "transform": {
+                        "original_size": list(placement.original_size),
+                        "exif_orientation": 1,
+                        "crop_box": list(placement.crop_box),
+                    },
+                    "quality": {"gini": gini(made), "identity_layers": int(explained.identity_layers[0])},
                 }
             )
         predictions = [
@@ -218,8 +225,10 @@ def test_another_option_is_found(place, option, value, encoding):
 
 def test_another_target_is_found(place):
     answer = place.answer(place.result(place.images[0], 1))
-    (found,) = place.replayed(changed(answer, *EXPLANATION, "target", "index", 2))
+    tree = {**answer["results"][0]["explanation"]["target"], "index": 2, "label": "tree"}
+    (found,) = place.replayed(changed(answer, *EXPLANATION, "target", tree))
     assert found.status == DIFFERENT
+    assert found.distance > found.tolerance
 
 
 def test_another_map_is_found(place):
@@ -245,12 +254,78 @@ def test_another_probability_is_found(place):
     assert found.distance < found.tolerance
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("transform", "original_size"), [48, 60], "original_size is [48, 60], here [60, 48]"),
+        (("transform", "exif_orientation"), 6, "exif_orientation is 6, here 1"),
+        (("transform", "crop_box"), [0, 0, 32, 32], "crop_box is [0.0, 0.0, 32.0, 32.0], here [8.0, 2.66"),
+        (("quality", "gini"), 0.99, "gini is 0.99, here 0."),
+        (("quality", "gini"), None, "gini is nan, here 0."),
+        (("quality", "identity_layers"), 7, "identity_layers is 7, here 0"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_another_transform_or_quality_is_found(place, path, value, reason):
+    answer = changed(place.answer(place.result(place.images[0])), *EXPLANATION, *path, value)
+    (found,) = place.replayed(answer)
+    assert found.status == DIFFERENT
+    assert found.reason.startswith(reason)
+    assert found.mismatches == (found.reason,)
+    assert found.distance < found.tolerance
+
+
+def test_the_transform_is_compared_where_the_map_was_left_out(place):
+    answer = place.answer(place.result(place.images[0], encoding="none"))
+    (found,) = place.replayed(changed(answer, *EXPLANATION, "transform", "crop_box", [0, 0, 32, 32]))
+    assert (found.status, found.distance) == (DIFFERENT, None)
+
+
+def test_a_gini_index_may_be_off_as_much_as_the_map(place):
+    answer = place.answer(place.result(place.images[0]))
+    index = answer["results"][0]["explanation"]["quality"]["gini"]
+    shifted = changed(answer, *EXPLANATION, "quality", "gini", index - 0.1)
+    assert place.replayed(shifted)[0].status == DIFFERENT
+    assert place.replayed(changed(shifted, "software", "runtime", "torch 1.0"))[0].status == EQUAL
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_the_orientation_is_that_of_the_file(place, tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"turned.{suffix}"
+    with Image.open(place.images[0]) as image:
+        image.save(path, exif=exif)
+    answer = place.answer(place.result(path))
+    (found,) = place.replayed(changed(answer, *EXPLANATION, "transform", "exif_orientation", 6), path)
+    assert found.status == EQUAL, found
+    assert place.replayed(answer, path)[0].reason == "exif_orientation is 1, here 6"
+
+
+@pytest.mark.parametrize("where", [("explanation", "target"), ("predictions", 3)], ids=["target", "prediction"])
+def test_a_class_called_otherwise_is_refused(place, where):
+    answer = place.answer(place.result(place.images[0]))
+    one = answer["results"][0][where[0]][where[1]]
+    ours = one["label"]
+    answer = changed(answer, "results", 0, *where, "label", "cup")
+    with pytest.raises(DataError, match=rf"calls class {one['index']} 'cup', the model '{ours}'\."):
+        place.replayed(answer)
+
+
 def test_maps_of_other_software_may_be_further_apart(place):
     answer = place.answer(place.result(place.images[0]))
     (found,) = place.replayed(changed(answer, "software", "runtime", "torch 1.0"))
     assert found.tolerance == 0.2
+    here = f"torch {torch.__version__}"
+    assert found.versions == f"Versions differ (torch 1.0, here {here}): 0.2 is allowed."
+    assert place.replayed(answer)[0].versions == ""
+    older = changed(changed(answer, "software", "parchgrad", "0.0.9"), "software", "device", "cuda")
+    assert place.replayed(older, tolerance=0.5)[0].versions == (
+        f"Versions differ (parchgrad 0.0.9, here {parchgrad.__version__}; device cuda, here cpu): 0.5 is allowed."
+    )
     del answer["software"]
     assert place.replayed(answer)[0].tolerance == 0.2
+    assert f"runtime not said, here {here}" in place.replayed(answer)[0].versions
     assert place.replayed(answer, tolerance=1e-3)[0].tolerance == 1e-3
 
 
@@ -260,9 +335,9 @@ def test_maps_of_other_software_may_be_further_apart(place):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"status": "skipped", "reason": "explain_when."}, "skipped: explain_when."),
-        ({"status": "shed", "reason": "Long queue."}, "shed: Long queue."),
-        ({"status": "timeout", "reason": "Late."}, "timeout: Late."),
+        ({"status": "skipped", "reason": "Not explained: 0.88 is not below 0.1."}, "skipped: 0.88 is not below 0.1"),
+        ({"status": "shed", "reason": "Long queue."}, "shed: Long queue"),
+        ({"status": "timeout", "reason": "Late."}, "timeout: Late"),
         (
             {"status": "error", "error": {"code": "target_not_in_table", "message": "No row."}},
             "the map failed with target_not_in_table",
@@ -308,8 +383,16 @@ def test_weights_table_and_image_are_those_of_the_answer(place):
     expected = answer["results"][0]["image_sha256"]
     with pytest.raises(DataError, match=rf"1\.png' has sha256 {digest}, the answer's images have {expected}"):
         place.replayed(answer, place.images[1])
-    with pytest.raises(ModelError, match="nothing"):
+
+
+def test_a_version_that_is_not_there_is_answered_with_those_that_are(place):
+    answer = place.answer(place.result(place.images[0]))
+    with pytest.raises(ModelError, match=r"Model 'nothing' has no version 1 in '.*nothing'; there are: none\."):
         place.replayed(changed(answer, "model", "name", "nothing"))
+    with pytest.raises(ModelError, match=r"Model 'net' has no version 7 in '.*net'; there are: 1\."):
+        place.replayed(changed(answer, "model", "version", "7"))
+    with pytest.raises(TableError, match=r"Table 'net' has no version 1 in '.*net'; there are: none\."):
+        place.replayed(answer, tables_dir=place.root / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +407,11 @@ def test_weights_table_and_image_are_those_of_the_answer(place):
         ((*EXPLANATION, "quantile", 7), "make no sense: Option 'quantile' is 7"),
         ((*EXPLANATION, "layers", 7), "make no sense"),
         ((*EXPLANATION, "layers", ["absent"]), "none of this model's"),
-        ((*EXPLANATION, "target", "index", 3), "none of this model's"),
+        ((*EXPLANATION, "target", {"index": 3, "label": "house", "probability": 0.2}), "none of this model's"),
+        ((*EXPLANATION, "quality", "gini", "high"), "could not convert string to float: 'high'"),
+        ((*EXPLANATION, "transform", "exif_orientation", math.inf), "cannot convert float infinity"),
+        ((*EXPLANATION, "transform", None), "a map and no transform"),
+        ((*EXPLANATION, "quality", None), "a map and no quality"),
         ((*EXPLANATION, "polarity", "up"), "polarity is 'up'"),
         ((*EXPLANATION, "alpha", 0.1), "lacks what its map was made with: one of quantile and alpha"),
         ((*EXPLANATION, "method", "integrated_gradients"), "lacks what its map was made with: steps"),
@@ -341,10 +428,30 @@ def test_an_answer_that_makes_no_sense_is_refused(place, change, message):
         place.replayed(answer)
 
 
-@pytest.mark.parametrize("name", ["conserve", "seed", "polarity", "normality_filter", "quantile"])
-def test_an_option_that_is_missing_is_named(place, name):
-    answer = place.answer(place.result(place.images[0]))
+OF_RULE = ("quantile", "gamma", "selection", "conserve", "layers", "normality_filter")
+
+
+@pytest.mark.parametrize("method", ["gradient", "input_x_gradient", "guided_backprop"])
+@pytest.mark.parametrize("left_out", [OF_RULE, OF_RULE[2:], ()], ids=len)
+def test_a_plain_method_needs_none_of_the_rule_s_options(place, method, left_out):
+    answer = place.answer(place.result(place.images[0], 3, method=method, rule=False))
+    for name in left_out:
+        del answer["results"][0]["explanation"][name]
+    (found,) = place.replayed(answer)
+    assert found.status == EQUAL, found
+    with pytest.raises(DataError, match="lacks what its map was made with: seed"):
+        place.replayed(without(answer, "seed"))
+
+
+def without(answer, name):
+    answer = copy.deepcopy(answer)
     del answer["results"][0]["explanation"][name]
+    return answer
+
+
+@pytest.mark.parametrize("name", ["conserve", "rule", "seed", "polarity", "normality_filter", "quantile"])
+def test_an_option_that_is_missing_is_named(place, name):
+    answer = without(place.answer(place.result(place.images[0])), name)
     with pytest.raises(DataError, match=f"lacks what its map was made with: .*{name}"):
         place.replayed(answer)
 
@@ -365,6 +472,37 @@ def test_the_command_prints_a_table_and_ends_with_0(place):
     assert result.exit_code == 0, result.output
     assert "0.png" in result.output
     assert "equal" in result.output
+
+
+def test_the_table_fits_80_columns(place):
+    result = place.result(place.images[0], encoding="uint8")
+    answer = changed(place.answer(result), "results", 0, "explanation", "gamma", 0.5)
+    terminal = {"COLUMNS": "80", "FORCE_COLOR": "1", "TERM": "dumb"}
+    path = place.root / "picture_of_a_cat.png"
+    path.write_bytes(place.images[0].read_bytes())
+    printed = CliRunner().invoke(cli, command(place, answer, path), env=terminal, catch_exceptions=False).output
+    heading, _, first, *_ = printed.splitlines()
+    assert heading.split() == ["image", "target", "map", "distance", "encoding", "allowed", "ranks", "prob."]
+    assert first.split()[1:3] == ["cat", "different"]
+    assert max(map(len, printed.splitlines()[:4])) <= 80
+
+
+def test_other_versions_are_said_once(place):
+    answer = place.answer(*(place.result(path) for path in place.images))
+    arguments = command(place, changed(answer, "software", "parchgrad", "0.0.9"), *place.images)
+    printed = CliRunner().invoke(cli, arguments, catch_exceptions=False).output.splitlines()
+    sentence = f"Versions differ (parchgrad 0.0.9, here {parchgrad.__version__}): 0.2 is allowed."
+    assert printed.count(sentence) == 1
+
+
+def test_a_sentence_ends_once(place):
+    skipped = {"status": "skipped", "reason": "Not explained: 0.88 is not below 0.1."}
+    answer = place.answer(place.result(place.images[0]) | {"explanation": skipped})
+    path = command(place, answer, place.images[0])
+    ran = subprocess.run([sys.executable, "-m", "parchgrad", *path], capture_output=True, text=True, check=False)
+    assert ran.returncode == 3
+    assert ran.stdout.splitlines()[-1] == f"{place.images[0]}: skipped: 0.88 is not below 0.1."
+    assert ran.stderr.endswith("could be compared: skipped: 0.88 is not below 0.1.\n")
 
 
 def test_the_command_ends_with_1_where_a_map_differs_and_prints_json(place):

@@ -98,7 +98,7 @@ def serving(
 
 def _wait(server: Server, path: str) -> None:
     for _ in range(START_TRIES):
-        failed = path == "/readyz" and "was not loaded." in server.log.read_text()
+        failed = path == "/readyz" and "was not loaded" in server.log.read_text()
         if failed or server.process.poll() is not None:
             break
         try:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from parchgrad.cli.key import key_group
 from service import access
-from service.access import Access, Gate, check_bind, is_loopback
+from service.access import Access, Gate, Key, check_bind, is_loopback
 from service.errors import ServiceError
 from service.settings import Settings, SettingsError
 from tests.service.conftest import Home, files, picture, png
@@ -75,6 +75,12 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compared == [digest(SHOP), digest(LAB), digest(ADMIN)]
 
 
+def test_no_token_is_no_key() -> None:
+    nothing = Key("open", hashlib.sha256(b"").digest(), admin=True, rate=None)
+    for token in (None, ""):
+        assert caller(Access([nothing]), token, admin=True) == "[unauthorized]"
+
+
 def test_a_key_s_rate() -> None:
     async def calls(granted: Access) -> list[str | int]:
         answers: list[str | int] = []
@@ -123,6 +129,8 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
             {"api_keys": f"ops:{digest(SHOP)}", "admin_keys": f"ops:{digest(ADMIN)}"},
             "'ops': expected a name of its own",
         ),
+        ({"admin_keys": f"ops:{digest('')}"}, r"PARCHGRAD_ADMIN_KEYS='ops:\.\.\.': expected the SHA-256 of a token"),
+        ({"api_keys": f"shop:{digest(SHOP)},lab:{digest('')}:3"}, r"PARCHGRAD_API_KEYS='lab:\.\.\.'"),
         ({"api_keys_file": "/nowhere/keys"}, "PARCHGRAD_API_KEYS_FILE='/nowhere/keys': expected a text file"),
     ],
 )

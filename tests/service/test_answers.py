@@ -16,11 +16,12 @@ from PIL import Image
 import parchgrad
 from parchgrad import render
 from parchgrad.options import Options
+from parchgrad.preprocessing import Placement
 from service import answers
 from service.answers import JSON, NPZ, PNG, accepted, encode, quantised, require_one_picture
 from service.engine import PREDICTED, Engine, Explained, Job, Result
 from service.errors import ServiceError, from_exception
-from service.pipeline import MissingMap, Outcome, Prepared, Request
+from service.pipeline import MissingMap, Outcome, Prepared, Request, _backdrop
 from service.schemas import Drawing, ExplainAnswer, ImageOptions, PredictAnswer, parse_options
 from service.settings import Settings
 from tests.service.conftest import COVERED, LABELS, Home, picture
@@ -173,17 +174,19 @@ EFFECTIVE = {
     "integrated_gradients": {"steps"},
     "smoothgrad": {"samples", "noise", "noise_seed"},
 }
+OF_RULE = {"quantile", "alpha", "gamma", "selection", "conserve", "layers", "normality_filter"}
 
 
 @pytest.mark.parametrize("method", EFFECTIVE)
 def test_an_explanation_carries_all_options_that_took_part(engine: Engine, outcome: Make, method: str) -> None:
     texts = {
         "method": method, "quantile": "0.30000000000000004", "gamma": "1e-05", "selection": "instance",
-        "conserve": "exact", "normality_filter": "false", "layers": "features.3*,features.6*", "steps": "3",
-        "samples": "2", "noise": "0.1", "noise_seed": "9223372036854775807",
+        "conserve": "exact", "normality_filter": "false", "layers": "features.3*,features.6*",
     }  # fmt: skip
+    passes = {"steps": "3", "samples": "2", "noise": "0.1", "noise_seed": "9223372036854775807"}
+    texts |= {name: passes[name] for name in EFFECTIVE[method]}
     explanation = said(engine, outcome(polarity="positive", **texts))["results"][0]["explanation"]
-    given = {name: explanation[name] for name in texts.keys() & explanation.keys()}
+    given = {name: explanation[name] for name in [*texts, *passes] if name in explanation}
     numbers = {"steps": 3, "samples": 2, "noise": 0.1, "noise_seed": 2**63 - 1}
     assert given == {
         "method": method, "quantile": 0.1 + 0.2, "gamma": 1e-05, "selection": "instance", "conserve": "exact",
@@ -193,6 +196,14 @@ def test_an_explanation_carries_all_options_that_took_part(engine: Engine, outco
     assert explanation["rule"] is True
     assert explanation["seed"] == "logit"
     assert explanation["polarity"] == "positive"
+
+
+@pytest.mark.parametrize("method", EFFECTIVE)
+def test_without_the_rule_its_options_took_no_part(engine: Engine, outcome: Make, method: str) -> None:
+    explanation = said(engine, outcome(method=method, rule="false"))["results"][0]["explanation"]
+    assert explanation["rule"] is False
+    assert not OF_RULE & explanation.keys()
+    assert EFFECTIVE[method] | {"method", "seed", "polarity"} <= explanation.keys()
 
 
 def test_an_answer_is_enough_to_make_its_map_again(engine: Engine, outcome: Make) -> None:
@@ -295,6 +306,11 @@ def test_an_error_is_the_requests_where_it_is_the_only_one_or_all_are_late(engin
     assert [one["error"]["code"] for one in said(engine, bad, late)["results"]] == ["image_empty", "deadline_exceeded"]
 
 
+def test_a_class_without_a_row_is_told_what_needs_none(engine: Engine, outcome: Make) -> None:
+    error = said(engine, outcome(targets=(COVERED,)))["results"][0]["explanation"]["error"]
+    assert error["message"].endswith("it covers 8 of 10 classes. selection=instance or rule=false needs no row.")
+
+
 def test_lists_are_bounded_in_all(engine: Engine, outcome: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     one = outcome(saliency="list")
     monkeypatch.setattr(answers, "MAX_LIST_VALUES", 2 * 64 * 64)
@@ -304,6 +320,25 @@ def test_lists_are_bounded_in_all(engine: Engine, outcome: Make, monkeypatch: py
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image", "box", "map_size", "expected"),
+    [
+        ((3000, 50), None, (48, 512), (2880, 48)),  # of the map's height
+        ((50, 3000), None, (512, 48), (48, 2880)),
+        ((30, 20), None, (64, 64), (96, 64)),
+        ((4000, 3000), None, (224, 224), (1024, 768)),
+        ((300, 200), (50.0, 0.0, 250.0, 200.0), (224, 224), (224, 224)),
+        ((20_000, 2), None, (224, 224), (4096, 1)),  # a picture of the map's height would be 2,240,000 wide
+    ],
+    ids=str,
+)
+def test_a_picture_has_the_aspect_of_what_the_model_saw(
+    image: tuple[int, int], box: Any, map_size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    placement = Placement(image, (0.0, 0.0, *map(float, image)) if box is None else box)
+    assert _backdrop(picture(size=image), placement, *map_size).size == expected
 
 
 def drawn(engine: Engine, outcome: Outcome, now: float = 0.0) -> np.ndarray:

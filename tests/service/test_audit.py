@@ -1,14 +1,17 @@
 """The audit log: what a line holds, that lines are whole, and what happens where they cannot be written."""
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,6 +195,164 @@ def test_a_full_disk_and_a_log_that_is_not(caplog: pytest.LogCaptureFixture, mon
     assert len(caplog.records) == 2
     assert "No space left" in caplog.text
     log.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another process, as it were, holds the log's lock."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def hanging(path: Path) -> Iterator[None]:
+    """A log that every write to hangs, as on a file system that does not answer: a full pipe nobody reads."""
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(end, b"\n" * 4096)
+    try:
+        yield
+    finally:
+        with suppress(BlockingIOError):
+            while True:
+                os.read(end, 1 << 20)
+        os.close(end)
+
+
+@pytest.mark.parametrize(("stuck", "said"), [(locked, "its lock was not free for 0.2 s"), (hanging, "longer than 1 s")])
+@pytest.mark.parametrize("required", [True, False])
+def test_nobody_waits_long_for_a_stuck_log(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stuck: Callable[[Path], AbstractContextManager[None]],
+    said: str,
+    required: bool,
+) -> None:
+    monkeypatch.setattr(audit, "LOCK_TRIES", 20)
+    monkeypatch.setattr(audit, "WAIT_SECONDS", 1.0)
+    before, path = lost(), tmp_path / "log"
+
+    async def answers(log: Audit) -> list[str]:
+        results = await asyncio.gather(
+            *(log.record(ORIGIN, SERVED, [REFUSED, REFUSED]) for _ in range(4)), return_exceptions=True
+        )
+        return [result.code if isinstance(result, ServiceError) else repr(result) for result in results]
+
+    with caplog.at_level(logging.ERROR), stuck(path):
+        log = Audit(Settings(audit_log=str(path), audit_required=required))
+        assert asyncio.run(answers(log)) == [("audit_unavailable" if required else "None")] * 4
+        log.close()  # which ends
+    assert lost() - before == (0 if required else 8)
+    assert said in caplog.text
+    if stuck is locked:
+        assert lines(path) == []  # what was answered as lost is not written afterwards
+
+
+def test_a_log_that_was_stuck_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "LOCK_TRIES", 2)
+    path = tmp_path / "log"
+    log = Audit(Settings(audit_log=str(path), audit_required=True))
+    with locked(path), pytest.raises(ServiceError, match="The audit log cannot be written"):
+        record(log, REFUSED)
+    record(log, REFUSED, origin=Origin("/x", "after", None))
+    log.close()
+    assert [line["request_id"] for line in lines(path)] == ["after"]
+
+
+def test_what_was_given_up_is_not_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "LOCK_TRIES", 100_000)
+    monkeypatch.setattr(audit, "WAIT_SECONDS", 0.5)
+    path, writing = tmp_path / "log", threading.Event()
+    append = LogFile.append
+
+    def noted(file: LogFile, content: bytes) -> None:
+        writing.set()
+        append(file, content)
+
+    monkeypatch.setattr(LogFile, "append", noted)
+
+    async def requests(log: Audit) -> None:
+        first = asyncio.create_task(log.record(Origin("/x", "under way", None), SERVED, [REFUSED]))
+        await asyncio.to_thread(writing.wait)
+        with pytest.raises(ServiceError, match="The audit log cannot be written"):
+            await log.record(Origin("/x", "waiting", None), SERVED, [REFUSED])
+        with pytest.raises(ServiceError, match="The audit log cannot be written"):
+            await first
+
+    log = Audit(Settings(audit_log=str(path), audit_required=True))
+    with locked(path):
+        asyncio.run(requests(log))
+    monkeypatch.setattr(audit, "WAIT_SECONDS", 60.0)  # it is stuck no longer
+    record(log, REFUSED, origin=Origin("/x", "after", None))
+    log.close()
+    assert [line["request_id"] for line in lines(path)] == ["under way", "after"]
+
+
+def test_what_waits_for_a_stuck_log_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(audit, "WAITING_LINES", 6)
+    monkeypatch.setattr(audit, "WAIT_SECONDS", 1.0)
+    before = lost()
+
+    async def requests(log: Audit) -> None:
+        waiting = [asyncio.create_task(log.record(ORIGIN, SERVED, [REFUSED, REFUSED])) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert lost() == before
+        await log.record(ORIGIN, SERVED, [REFUSED, REFUSED, REFUSED])
+        assert lost() - before == 3  # at once
+        assert "6 lines are waiting, the most is 6" in caplog.text
+        assert not any(task.done() for task in waiting)
+        await asyncio.gather(*waiting)
+        assert lost() - before == 9
+        await asyncio.sleep(0.1)
+        caplog.clear()
+        monkeypatch.setattr(log, "_warned", 0.0)
+        await log.record(ORIGIN, SERVED, [REFUSED])  # once a write is known to hang nobody waits at all
+        assert "a write has not ended for more than 1 s" in caplog.text
+
+    with hanging(tmp_path / "log"), caplog.at_level(logging.ERROR):
+        log = Audit(Settings(audit_log=str(tmp_path / "log")))
+        asyncio.run(requests(log))
+        log.close()
+    assert lost() - before == 10
+
+
+def test_lines_become_text_off_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    dumps = json.dumps
+
+    def noting(*arguments: Any, **options: Any) -> str:
+        threads.append(threading.current_thread())
+        return dumps(*arguments, **options)
+
+    monkeypatch.setattr(audit, "json", SimpleNamespace(dumps=noting))
+    log = Audit(Settings(audit_log=str(tmp_path / "log")))
+    record(log, REFUSED, REFUSED)
+    log.close()
+    assert [thread.name for thread in threads] == ["audit"] * 2
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("stuck", [locked, hanging])
+def test_a_server_with_a_stuck_log_answers_and_ends(
+    home: Home, tmp_path: Path, stuck: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    path = tmp_path / "log"
+    settings = home.settings | {"audit_log": path}
+    with serving(home.root / f"bentoml-{stuck.__name__}", settings=settings) as server, ExitStack() as stack:
+        if stuck is hanging:
+            path.unlink(missing_ok=True)
+        stack.enter_context(stuck(path))
+        response = server.client.post("/predict", files=files(png(picture())))
+        assert response.status_code == 200
+        assert server.metric("parchgrad_audit_lost_total") == 1
+        assert server.stop() == 0
+        assert "The audit log cannot be written" in server.log.read_text()
 
 
 # Run in processes of their own. A file that may have `room` bytes takes the beginning of what is written.

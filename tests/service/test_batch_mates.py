@@ -77,6 +77,7 @@ class Bench:
 
     async def _made(self, chosen: Settings) -> Pipeline:
         pipeline = Pipeline(chosen)
+        await pipeline.start()
         while not pipeline.ready:
             await asyncio.sleep(0.01)
         return pipeline

@@ -243,6 +243,45 @@ def test_a_single_job_without_memory_is_tried_once_more(executor: ThreadPoolExec
     run(scenario)
 
 
+@pytest.mark.parametrize("end", ["cancel", "expire"])
+def test_callers_who_left_take_no_place(executor: ThreadPoolExecutor, device: Device, end: str) -> None:
+    async def scenario() -> None:
+        queue = batcher(device, executor, max_queue=3)
+        first = await busy(queue, device)
+        soon = asyncio.get_running_loop().time() + 0.01
+        left = [asyncio.ensure_future(queue.submit(i, soon if end == "expire" else FOREVER)) for i in range(1, 4)]
+        await asyncio.sleep(0.02)
+        if end == "cancel":
+            for task in left:
+                task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        others = [asyncio.ensure_future(queue.submit(i, FOREVER)) for i in range(4, 7)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):
+            await queue.submit(7, FOREVER)
+        device.gate.set()
+        assert await asyncio.gather(first, *others) == [0, 8, 10, 12]
+        assert device.batches == [[0], [4, 5, 6]]
+        await queue.close()
+
+    run(scenario)
+
+
+def test_a_queue_that_all_have_left_while_it_filled_goes_on(executor: ThreadPoolExecutor, device: Device) -> None:
+    async def scenario() -> None:
+        queue = batcher(device, executor, max_delay=0.01)
+        device.gate.set()
+        left = asyncio.ensure_future(queue.submit(1, FOREVER))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        await asyncio.sleep(0.03)
+        assert await queue.submit(2, FOREVER) == 4
+        await queue.close()
+
+    run(scenario)
+
+
 def test_closing_cancels_what_waits(executor: ThreadPoolExecutor, device: Device) -> None:
     async def scenario() -> None:
         queue = batcher(device, executor)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from service.body import SLACK_BYTES, BodyMemory, Upload, read_bytes, read_json, read_upload
+from service.body import CHARSETS, SLACK_BYTES, BodyMemory, Upload, read_bytes, read_json, read_upload
 from service.errors import ServiceError
 from service.settings import Settings
 
@@ -196,3 +196,70 @@ def test_bodies_in_memory_are_bounded_together_and_given_back() -> None:
             assert await read(5) == 500
 
     asyncio.run(scenario())
+
+
+def encodings_known() -> int:
+    """Python keeps one entry for each name of a codec that was ever looked up."""
+    import encodings
+
+    return len(encodings._cache)
+
+
+@pytest.mark.parametrize("charset", ["punycode", "undefined", "utf-16", "none-%d", '"none-%d"', "utf-8-%d"])
+def test_a_charset_of_the_callers_is_never_looked_up(charset: str) -> None:
+    before = encodings_known()
+    for number in range(3):
+        asked = request([IMAGE, END], f"{MULTIPART}; charset={charset.replace('%d', str(number))}")
+        error = refusal(asked)
+        assert error.code == "malformed_request"
+        assert error.message.endswith("expected one of utf-8, us-ascii, iso-8859-1, latin-1.")
+        assert asked.scope["taken"] == 0
+    assert encodings_known() == before
+
+
+@pytest.mark.parametrize("charset", [*(known.decode() for known in CHARSETS), "UTF-8", '"Latin-1"'])
+def test_charsets_that_are_known(charset: str) -> None:
+    got = upload(request([IMAGE, part("target", b"3"), END], f"{MULTIPART}; charset={charset}"))
+    assert ([image.read() for image in got.images], got.fields) == ([b"picture"], {"target": ["3"]})
+    got.close()
+
+
+@pytest.mark.parametrize("content_type", [MULTIPART, "image/png"])
+def test_uploads_are_bounded_together_chunk_by_chunk(content_type: str) -> None:
+    """Whatever is kept of them, in memory or on disk; what is refused is closed and gives back what it held."""
+    settings = Settings(max_image_bytes=3_000_000, max_images=1)
+    memory = BodyMemory(5_000_000)
+    sent = [part("image", bytes(2_000_000), '; filename="a"'), END] if content_type == MULTIPART else [bytes(2_000_000)]
+
+    async def read() -> int:
+        with memory.share() as share:
+            (await read_upload(request(sent, content_type), settings, share)).close()
+            return share.held
+
+    async def scenario() -> None:
+        length = sum(len(chunk) for chunk in sent)
+        for _ in range(5):
+            assert await read() == length
+        with memory.share() as other:
+            other.take(5_000_000 - length)
+            assert await read() == length
+            other.take(1)
+            with pytest.raises(ServiceError) as error:
+                await read()
+            assert (error.value.code, error.value.headers) == ("queue_full", {"Retry-After": "1"})
+        assert await read() == length
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asyncio.run(scenario())
+        gc.collect()
+
+
+def test_no_body_may_be_longer_than_all_together() -> None:
+    """It would be asked for ever to come again later."""
+    settings = Settings(max_bodies_bytes=10_000)
+    assert settings.max_body_bytes == 10_000
+    for content_type in (MULTIPART, "image/png"):
+        with pytest.raises(ServiceError) as error:
+            asyncio.run(read_upload(request([], content_type, content_length="10001"), settings))
+        assert error.value.code == "body_too_large"

@@ -13,8 +13,11 @@ from PIL import Image
 
 import parchgrad
 from parchgrad.cli import cli
+from parchgrad.cli.explain import POLARITIES
 from parchgrad.client import AsyncClient, Client, RequestRefusedError
+from parchgrad.errors import DataError, OptionError
 from parchgrad.preprocessing import read_image
+from parchgrad.render import REDUCTION_OF_POLARITY
 from parchgrad.replay import DIFFERENT, EQUAL, replay
 from service.images import ImageError, ImageLimits, decode
 from tests.service.conftest import LABELS, Home, picture
@@ -178,6 +181,51 @@ def test_the_command_says_and_draws_the_same_by_a_service(
     assert len(table.stdout.splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--outline",),
+        ("--polarity", "positive"),
+        ("--polarity", "negative"),
+        ("--method", "smoothgrad", "--samples", 2),
+    ],
+    ids=lambda options: options[-1],
+)
+def test_each_option_does_the_same_here_and_by_a_service(
+    server: Server, home: Home, photographs: list[Path], tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    def drawn(name: str, *arguments: object) -> tuple[float, np.ndarray]:
+        given = (*arguments, "--target", 3, "--overlay", "none", "--json", "--out", tmp_path / name)
+        result = run("explain", "tiny", photographs[0], *given)
+        assert result.exit_code == 0, result.output
+        one = json.loads(result.stdout)
+        with Image.open(one["overlay"]) as opened:
+            return one["gini"], np.asarray(opened).astype(int)
+
+    plain = options[:2] if options[0] == "--method" else ()
+    without = drawn("without", *plain, *folders(home))
+    here = drawn("local", *options, *folders(home))
+    there = drawn("remote", *options, "--url", server.url)
+    assert here[0] == pytest.approx(there[0], abs=1e-4)
+    assert np.abs(here[1] - there[1]).mean() < 0.5
+    assert np.abs(here[1] - without[1]).mean() > 1
+
+
+@pytest.mark.parametrize("option", ["steps", "samples"])
+def test_what_is_no_number_of_points_is_refused_here_and_by_a_service(
+    server: Server, home: Home, photographs: list[Path], tmp_path: Path, option: str
+) -> None:
+    given = ("explain", "tiny", photographs[0], f"--{option}", 0, "--out", tmp_path)
+    with pytest.raises(OptionError, match=f"Option '{option}' is 0; allowed"):
+        run(*given, *folders(home))
+    with pytest.raises(RequestRefusedError, match=f"Option '{option}' is '0'; allowed"):
+        run(*given, "--url", server.url)
+
+
+def test_the_polarities_are_the_library_s() -> None:
+    assert sorted(POLARITIES) == sorted(REDUCTION_OF_POLARITY)
+
+
 def test_the_command_reports_an_image_that_fails(server: Server, photographs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     result = run("explain", "tiny", tmp_path / "bad.png", photographs[0], "--out", tmp_path, "--url", server.url)
@@ -267,10 +315,16 @@ def test_a_real_answer_that_was_changed_is_found_out(
         answer["results"][0]["explanation"][change] = value
         return replay(save(tmp_path / "answer.json", answer), photographs[:1], **inside)[0].status
 
-    entry = original["results"][0]["explanation"]["saliency"]
+    explained = original["results"][0]["explanation"]
+    entry = explained["saliency"]
     values = np.frombuffer(base64.b64decode(entry["data"]), "<f4").copy()
     values[values.argmax()] = 0
     assert status("method", "gradient") == EQUAL
+    assert status("transform", {**explained["transform"], "crop_box": [0, 0, 64, 64]}) == DIFFERENT
+    assert status("transform", {**explained["transform"], "original_size": [80, 96]}) == DIFFERENT
+    assert status("quality", {**explained["quality"], "gini": 0.99}) == DIFFERENT
+    with pytest.raises(DataError, match="calls class 3 'cup', the model 'thing 3'"):
+        status("target", {**explained["target"], "label": "cup"})
     assert status("gamma", 1.0) == DIFFERENT
     assert status("quantile", 0.5) == DIFFERENT
     assert status("polarity", "positive") == DIFFERENT

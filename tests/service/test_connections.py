@@ -1,21 +1,33 @@
 """What a socket can do to the running service: heads and bodies too large, too slow, without end, or no HTTP at all."""
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPResponse
+from threading import Thread
 
 import pytest
+import uvicorn
+from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
 
-from service.connections import HEAD_SECONDS, MAX_HEAD_BYTES
+from service.connections import MAX_HEAD_BYTES, Connection
+from service.settings import Settings
 from tests.service.conftest import Home, files, picture, png
 from tests.service.serving import Server, serving
 
 BODY_TIMEOUT_MS = 1500
+HEAD_TIMEOUT_MS = 2000
+BODIES_BYTES = 30_000_000
 HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
 RAW = HEAD + b"Content-Type: image/png\r\n"
-BOUNDED = {"max_image_bytes": 200_000, "max_images": 2, "body_timeout_ms": BODY_TIMEOUT_MS}
+BOUNDED = {
+    "max_image_bytes": 200_000, "max_images": 2, "body_timeout_ms": BODY_TIMEOUT_MS, "head_timeout_ms": HEAD_TIMEOUT_MS,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +37,73 @@ def bounded(home: Home) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def roomy(home: Home) -> Iterator[Server]:
+    """Images of the usual size, and room for two and a half bodies of 12 MB."""
+    with serving(home.root / "bentoml-roomy", settings=home.settings | {"max_bodies_bytes": BODIES_BYTES}) as running:
+        assert good(running)
+        yield running
+
+
+@dataclass
+class Bare:
+    """A server with nothing of ours but its connections: `/large`, `/pieces` answer at once, `/slow` after a while."""
+
+    server: uvicorn.Server
+    thread: Thread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+
+LARGE = 30_000_000  # more than the kernel's buffers take
+ANSWER_SECONDS = 0.5
+SLOW_SECONDS = 0.8
+
+
+async def _bare_app(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+    assert scope["type"] == "http"
+    while (await receive()).get("more_body"):
+        pass
+    path, pieces = scope["path"].encode(), [bytes(LARGE)]
+    if path == b"/slow":
+        await asyncio.sleep(SLOW_SECONDS)
+        pieces = [path]
+    elif path == b"/pieces":
+        pieces = [bytes(LARGE // 30)] * 30
+    length = (b"content-length", str(sum(map(len, pieces))).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    for left in reversed(range(len(pieces))):
+        await send({"type": "http.response.body", "body": pieces[left], "more_body": left > 0})
+
+
+@contextmanager
+def barely_serving() -> Iterator[Bare]:
+    settings = Settings(head_timeout_ms=400, answer_timeout_ms=int(1000 * ANSWER_SECONDS))
+    # A partial is what makes one: uvicorn asks no more of it.
+    protocol: type[asyncio.Protocol] = partial(Connection, settings)  # type: ignore[assignment]
+    config = uvicorn.Config(_bare_app, port=0, http=protocol, lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    bare = Bare(server, Thread(target=server.run))
+    bare.thread.start()
+    try:
+        assert eventually(lambda: server.started)
+        yield bare
+    finally:
+        server.should_exit = server.force_exit = True
+        bare.thread.join()
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Bare]:
+    with barely_serving() as running:
+        yield running
+
+
 def good(server: Server) -> bool:
-    answer = server.client.post("/predict", files=files(png(picture())))
+    """Over a connection that does not stay: one that does is a descriptor more."""
+    answer = server.client.post("/predict", files=files(png(picture())), headers={"Connection": "close"})
     return answer.status_code == 200 and answer.json()["results"][0]["status"] == "ok"
 
 
@@ -45,16 +122,16 @@ def nothing_left(server: Server) -> Iterator[None]:
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
-    """Asked a hundred times, a quarter of a second apart: a worker closes in its own time."""
-    for _ in range(100):
+    """Asked five hundred times, a twentieth of a second apart: a worker closes in its own time."""
+    for _ in range(500):
         if holds():
             return True
-        time.sleep(0.25)
+        time.sleep(0.05)
     return False
 
 
 @contextmanager
-def connected(server: Server) -> Iterator[socket.socket]:
+def connected(server: Server | Bare) -> Iterator[socket.socket]:
     port = int(server.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as connection:
         yield connection
@@ -69,7 +146,7 @@ def received(connection: socket.socket) -> bytes:
     return content
 
 
-def exchanged(server: Server, sent: bytes) -> bytes:
+def exchanged(server: Server | Bare, sent: bytes) -> bytes:
     """What the server answers before it closes the connection."""
     with connected(server) as connection:
         with suppress(ConnectionError):
@@ -79,6 +156,14 @@ def exchanged(server: Server, sent: bytes) -> bytes:
 
 def status(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1])
+
+
+def first_status(connection: socket.socket) -> int:
+    """Of the one answer that comes, read to its end, on a connection that stays."""
+    response = HTTPResponse(connection)
+    response.begin()
+    response.read()
+    return response.status
 
 
 def error(answer: bytes) -> str:
@@ -145,14 +230,14 @@ def test_half_open_connections_stop_nobody_and_are_closed(bounded: Server) -> No
             return descriptors(bounded) < open_before + 20
 
         assert eventually(closed)
-        assert time.monotonic() - start >= HEAD_SECONDS - 1
+        assert time.monotonic() - start >= HEAD_TIMEOUT_MS / 1000
         assert [received(connection) for connection in idle] == [b""] * 200
 
 
 def test_a_kept_connection_may_not_trickle_either(bounded: Server) -> None:
     with connected(bounded) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert status(connection.recv(65536)) == 200
+        assert first_status(connection) == 200
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
         assert received(connection) == b""
 
@@ -170,9 +255,9 @@ def test_a_slow_body(bounded: Server, body: bytes) -> None:
         assert time.monotonic() - start >= BODY_TIMEOUT_MS / 1000
 
 
-def test_a_hundred_slow_bodies_stop_nobody(bounded: Server) -> None:
+def test_many_slow_bodies_stop_nobody(bounded: Server) -> None:
     with nothing_left(bounded), ExitStack() as stack:
-        slow = [stack.enter_context(connected(bounded)) for _ in range(100)]
+        slow = [stack.enter_context(connected(bounded)) for _ in range(50)]
         for connection in slow:
             connection.sendall(RAW + b"Content-Length: 1000\r\n\r\nabc")
         assert good(bounded)
@@ -202,6 +287,7 @@ def test_chunks_without_end(bounded: Server, chunk: bytes, code: str) -> None:
                     connection.settimeout(0.001)
                     answer = connection.recv(65536)
                 connection.settimeout(0.5)
+        answer += received(connection)
         assert sent < 20_000_000
         assert status(answer) in (400, 413)
         assert error(answer) == code
@@ -255,13 +341,143 @@ def test_no_request_is_smuggled(bounded: Server, head: bytes) -> None:
         assert b"hidden" not in answer
 
 
-def test_garbage_after_a_request(bounded: Server) -> None:
+def test_requests_behind_one_another(bounded: Server) -> None:
     request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
     with nothing_left(bounded):
-        answer = exchanged(bounded, request + b"\x00garbage\r\n\r\n")
-        assert error(answer) == "malformed_request"
         kept = exchanged(bounded, request * 20 + b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         assert kept.count(b"HTTP/1.1 200") == 21
+
+
+def test_garbage_after_an_answer(bounded: Server) -> None:
+    with nothing_left(bounded), connected(bounded) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert first_status(connection) == 200
+        connection.sendall(JUNK)
+        answer = received(connection)
+        assert (status(answer), error(answer)) == (400, "malformed_request")
+
+
+JUNK = b"\x00garbage\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        JUNK,
+        HEAD + b"X-Long: " + b"v" * 2 * MAX_HEAD_BYTES + b"\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /livez HTTP/1.1\r\n",  # and no more, for longer than a head may take
+    ],
+    ids=["junk", "long head", "broken body", "half a head"],
+)
+@pytest.mark.parametrize(("requests", "pause"), [(1, 0), (1, 0.3), (2, 0)])
+def test_an_answer_being_made_survives_what_comes_behind_its_request(
+    bare: Bare, junk: bytes, requests: int, pause: float
+) -> None:
+    """It comes, it alone, and the connection ends: a 400 would be taken for it."""
+    with connected(bare) as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n" * requests)
+        time.sleep(pause)
+        with suppress(ConnectionError):
+            connection.sendall(junk)
+        answer = received(connection)
+    answered = answer.count(b"HTTP/1.1 200 OK\r\n")
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"/slow") == answered
+    assert 1 <= answered <= requests
+    if junk == JUNK:
+        assert answered == requests
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_what_breaks_off_its_own_body_is_told(bare: Bare) -> None:
+    """No answer is being made yet, so this is it."""
+    answer = exchanged(bare, b"POST /slow HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
+    assert (status(answer), error(answer)) == (400, "malformed_request")
+
+
+@pytest.mark.parametrize("kept", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+@pytest.mark.parametrize(("path", "requests"), [(b"/large", 1), (b"/large", 3), (b"/pieces", 1)])
+def test_who_does_not_read_loses_the_answer(bare: Bare, kept: bytes, path: bytes, requests: int) -> None:
+    """Where it is whole and waits to be sent, and where the next one or its own rest waits for room."""
+    connections = bare.server.server_state.connections
+    assert eventually(lambda: not connections)
+    start = time.monotonic()
+    with connected(bare) as connection:
+        connection.sendall((b"GET %b HTTP/1.1\r\nHost: a\r\n%b\r\n" % (path, kept)) * requests)
+        assert eventually(lambda: bool(connections))
+        assert eventually(lambda: not connections)
+        assert time.monotonic() - start >= ANSWER_SECONDS
+        assert len(received(connection)) < LARGE
+    assert eventually(lambda: not bare.server.server_state.tasks)
+
+
+def test_who_reads_slowly_gets_it_all(bare: Bare) -> None:
+    """For several times as long as one may read nothing, a piece far smaller than the kernel takes at once."""
+    start, got = time.monotonic(), 0
+    with connected(bare) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        while time.monotonic() - start < 6 * ANSWER_SECONDS:
+            got += len(connection.recv(70_000))
+            time.sleep(ANSWER_SECONDS / 5)
+        assert got < LARGE / 10
+        got += len(received(connection))
+    assert got > LARGE
+
+
+def test_a_server_that_stops_waits_for_nobody_who_does_not_read() -> None:
+    with barely_serving() as server, connected(server) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert eventually(lambda: server.server.server_state.total_requests == 1)
+        server.server.should_exit = True
+        assert eventually(lambda: not server.thread.is_alive())
+
+
+def upload_of(size: int, multipart: bool, path: bytes = b"/predict") -> bytes:
+    """A request with one image of `size` bytes that are no image."""
+    kind, start, end = b"image/png", b"", b""
+    if multipart:
+        kind = b"multipart/form-data; boundary=b"
+        start = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        end = b"\r\n--b--\r\n"
+    body = start + bytes(size) + end
+    head = b"POST %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n"
+    return head % (path, kind, len(body)) + body
+
+
+@pytest.mark.parametrize("multipart", [False, True], ids=["raw", "multipart"])
+def test_uploads_on_their_way_share_a_bound(roomy: Server, multipart: bool) -> None:
+    """In memory and on disk; the one too many is told so, and closing one makes room."""
+    whole = upload_of(12_000_000, multipart)
+    with nothing_left(roomy), ExitStack() as stack:
+        half_way = [stack.enter_context(connected(roomy)) for _ in range(2)]
+        for connection in half_way:
+            connection.sendall(whole[:-10])
+        refused = exchanged(roomy, whole)
+        assert (status(refused), error(refused)) == (429, "queue_full")
+        assert b"\r\nretry-after: 1\r\n" in refused.lower()
+        assert status(exchanged(roomy, upload_of(12_000_000, not multipart))) == 429
+        assert good(roomy)  # a small one has room
+        half_way[0].close()
+        assert eventually(lambda: status(exchanged(roomy, whole)) == 415)
+        half_way[1].sendall(whole[-10:])
+        assert status(received(half_way[1])) == 415
+
+
+def test_uploads_give_their_share_back_however_they_end(roomy: Server) -> None:
+    """Two and a half of them would fill it for ever."""
+    large = upload_of(12_000_000, True)
+    unfinished = large[:-10] + b"X" * 10
+    for sent, expected in (
+        (large, 415), (upload_of(12_000_000, False), 415), (unfinished, 400),
+        (upload_of(12_000_000, True, b"/explain?no_such=1"), 422),
+        (upload_of(12_000_000, True, b"/predict?model=x"), 404),
+        (upload_of(12_000_000, False, b"/predict?timeout_ms=0"), 422), (upload_of(20_060_000, False), 413),
+    ):  # fmt: skip
+        for _ in range(3):
+            assert status(exchanged(roomy, sent)) == expected
+    with connected(roomy) as whole_and_gone:
+        whole_and_gone.sendall(large)
+    assert eventually(lambda: status(exchanged(roomy, upload_of(19_000_000, False))) == 415)
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "GET", "CONNECT"])
@@ -272,7 +488,7 @@ def test_methods_that_a_route_has_not(bounded: Server, method: str) -> None:
 
 
 def test_upgrades_are_not_taken(bounded: Server) -> None:
-    upgrade = b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: %b\r\n\r\n"
+    upgrade = b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, close\r\nUpgrade: %b\r\n\r\n"
     with nothing_left(bounded):
         assert status(exchanged(bounded, upgrade % b"h2c")) in (200, 400)
         socketed = upgrade.replace(b"\r\n\r\n", b"\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n")

@@ -148,7 +148,7 @@ def test_a_worker_takes_no_call_before_it_is_ready_while_another_is(home: Home, 
         (tmp_path / "repository-1.json").write_text(json.dumps({"done": {}, "failures": {}, "ready": ready}))
 
     async def scenario() -> None:
-        fleet = Fleet(Settings(**home.settings), tmp_path)  # type: ignore[arg-type]
+        fleet = Fleet(Settings(**home.settings), tmp_path, lambda: None)  # type: ignore[arg-type]
         await fleet.wait_behind_others()  # nobody else is there
         report(False)
         await fleet.wait_behind_others()  # nor ready: somebody has to answer that it loads
@@ -465,7 +465,11 @@ def test_one_bad_model_does_not_keep_a_good_one_from_serving(shelf: Shelf) -> No
 
 def test_without_a_folder_of_models_it_says_so(shelf: Shelf) -> None:  # noqa: F811
     (shelf.root / "models").rename(shelf.root / "elsewhere")
-    not_ready(shelf, "tiny", "no model 'tiny' in the repository")
+    with (
+        pytest.raises(RuntimeError, match=r"PARCHGRAD_MODELS_DIR='.*models': expected a folder that exists\."),
+        serving(shelf.root / "home", settings=shelf.settings),
+    ):
+        pass
 
 
 # --- full disks ----------------------------------------------------------------------------------------------

@@ -144,6 +144,21 @@ def test_largest_allowed_image_stays_under_600_mb(
     assert 100 < decoding_megabytes(tmp_path / "large") < 600
 
 
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0"], ids=ascii)
+def test_a_header_cut_short_is_said_in_our_words(data: bytes) -> None:
+    error = refusal(data)
+    format = {b"\x89P": "png", b"GI": "gif", b"BM": "bmp", b"II": "tiff"}[data[:2]]
+    assert (error.code, error.message) == ("image_truncated", f"The {format} ends too early.")
+
+
+def test_no_codec_speaks_for_us() -> None:
+    """A codec's own words are of no use to a caller, and tell of our insides."""
+    good = png(picture())
+    assert refusal(good[:300]).message == "The png ends too early."
+    assert refusal(good[:29] + bytes(4) + good[33:]).message == "The png is damaged."
+    assert refusal(b"\xff\xd8\xff").message == "The jpeg is damaged."
+
+
 def test_limits_are_applied_to_the_header() -> None:
     data = png(picture(size=(100, 50)))
     decode(data, ImageLimits(len(data), 5000))

@@ -1,8 +1,11 @@
 """The document at /docs.json: valid, about the routes there are, and true of what they answer."""
 
 import base64
+import hashlib
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +22,10 @@ from service.errors import STATUS
 from service.openapi import document
 from service.protocols import open_inference, v1
 from service.protocols import schemas as protocol_types
-from service.schemas import OPTIONS, REQUEST_OPTIONS, options_of, parse_options
+from service.schemas import OPTIONS, REQUEST_OPTIONS, TIMEOUTS, ImageOptions, options_of, parse_options
 from service.settings import Settings
 from tests.service.conftest import files, picture, png
-from tests.service.serving import Server
+from tests.service.serving import Server, serving
 
 Json = dict[str, Any]
 DOCUMENT = document(Settings(max_images=4, timeout_ms=1000, max_timeout_ms=5000))
@@ -154,18 +157,34 @@ def test_every_option_is_a_field_and_a_parameter_with_its_bounds(route: str) -> 
     assert form["properties"].keys() == names | {"image"}
     assert all(form["properties"][name] == query[name] for name in names)
     for name in names - REQUEST_OPTIONS.keys():
-        assert OPTIONS[name].kind.allowed in query[name]["description"]
+        allowed = "an integer in 1..5000" if name in TIMEOUTS else OPTIONS[name].kind.allowed
+        assert f"Allowed: {allowed}." in query[name]["description"]
         assert query[name]["maxItems"] == 4
-        kept = {key: value for key, value in OPTIONS[name].kind.schema.items() if key != "maximum"}
-        assert kept.items() <= query[name]["items"].items()
-    assert query["timeout_ms"]["items"]["maximum"] == 5000
+        assert OPTIONS[name].kind.schema.items() <= query[name]["items"].items()
+
+
+def test_there_is_one_bound_of_timeouts_the_services() -> None:
+    forms = [DOCUMENT["paths"]["/explain"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]]
+    v1_body = DOCUMENT["paths"]["/v1/models/{name}:explain"]["post"]["requestBody"]["content"]["application/json"]
+    forms.append(v1_body["schema"]["properties"]["instances"]["items"])
+    for name in TIMEOUTS:
+        for form in forms:
+            assert "Allowed: an integer in 1..5000." in form["properties"][name]["description"]
+        assert forms[0]["properties"][name]["items"] == {"type": "integer", "minimum": 1, "maximum": 5000}
 
 
 def test_the_example_of_every_parameter_is_what_the_parser_takes() -> None:
+    given = {}
     for parameter in DOCUMENT["paths"]["/explain"]["post"]["parameters"]:
         for value in parameter.get("example", ()):
-            parse_options({parameter["name"]: [str(value)]}, 1, "explain")
+            given[parameter["name"]] = [str(value)]
             check([value], parameter["schema"])
+    assert len(given) > 10
+    assert parse_options(given, 1, "explain") == [ImageOptions(explain=given_as_defaults(), top_k=5)]
+
+
+def given_as_defaults() -> Json:
+    return {name: OPTIONS[name].default for name in ("method", "rule", "seed")}
 
 
 @pytest.mark.parametrize(
@@ -412,3 +431,195 @@ def test_the_repository_is_of_its_schema(server: Server, served: Json) -> None:
         response = client.post(f"/v2/repository/models/tiny/{change}", json={})
         of_its_schema(served, f"/v2/repository/models/{{name}}/{change}", response)
         assert response.status_code == 403
+
+
+# --- the bundled model, which the examples are about --------------------------------------------------------
+
+ADMIN = "an admin's key"
+PICTURE = base64.b64decode(examples.PICTURE)
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The service as it is without any setting but a key for changing what serves."""
+    key = f"admin:{hashlib.sha256(ADMIN.encode()).hexdigest()}"
+    with serving(tmp_path_factory.mktemp("bundled"), settings={"drain_ms": 0, "admin_keys": key}) as running:
+        yield running
+
+
+SENT = [
+    pytest.param(method, path, example["value"], id=f"{method} {path}: {name}")
+    for path, method, operation in operations()
+    for name, example in operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    .get("examples", {}).items()
+]  # fmt: skip
+
+
+def filled(path: str, operation: Json) -> str:
+    """The path with its parameters' examples in their places."""
+    return path.format(**{one["name"]: one["example"] for one in operation["parameters"] if one.get("in") == "path"})
+
+
+@pytest.mark.parametrize(("method", "path", "body"), SENT)
+def test_every_example_of_a_request_is_answered(bundled: Server, method: str, path: str, body: Json) -> None:
+    url = filled(path, DOCUMENT["paths"][path][method])
+    headers = {"X-API-Key": ADMIN} if "/repository/" in path else {}
+    response = bundled.client.request(method, url, json=body, headers=headers)
+    assert response.status_code == 200, response.text
+    if path.endswith("/unload"):
+        assert bundled.client.post(url.replace("/unload", "/load"), headers=headers).status_code == 200
+
+
+def test_there_is_an_example_of_every_json_body() -> None:
+    assert {path for _, path, _ in (param.values for param in SENT)} == {
+        path
+        for path, _, operation in operations()
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+    }
+
+
+@pytest.mark.parametrize("path", [path for path, method, _ in operations() if method == "get"])
+def test_every_get_of_the_examples_names_is_answered(bundled: Server, path: str) -> None:
+    assert bundled.client.get(filled(path, DOCUMENT["paths"][path]["get"])).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/predict", "/explain"])
+def test_the_examples_of_parameters_may_be_sent_alone_and_together(bundled: Server, path: str) -> None:
+    parameters = bundled.client.get("/docs.json").json()["paths"][path]["post"]["parameters"]
+    given = {
+        one["name"]: str(value).lower() if isinstance(value, bool) else str(value)
+        for one in parameters
+        for value in one.get("example", ())
+    }
+    for one in (given, *({name: text} for name, text in given.items())):
+        response = bundled.client.post(path, params=one, content=PICTURE, headers={"Content-Type": "image/png"})
+        assert response.status_code == 200, response.text
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """Equal, numbers as near as another machine computes them; without what is another's: id and software."""
+    if isinstance(expected, dict):
+        own = expected.keys() - {"request_id", "software"}
+        return own == found.keys() - {"request_id", "software"} and all(alike(found[k], expected[k]) for k in own)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(alike, found, expected))
+    return bool(found == pytest.approx(expected, rel=1e-3) if isinstance(expected, float) else found == expected)
+
+
+def answers_of(path: str, method: str = "post") -> list[Json]:
+    content = DOCUMENT["paths"][path][method]["responses"]["200"]["content"]["application/json"]
+    return [one["value"] for one in content["examples"].values()]
+
+
+@pytest.mark.parametrize("path", ["/predict", "/explain"])
+def test_the_native_answers_of_the_examples_are_real(bundled: Server, path: str) -> None:
+    options = {"top_k": "2", "saliency": "none"} if path == "/explain" else {"top_k": "2"}
+    found = [
+        bundled.client.post(path, files=files(*images), data=options).json()
+        for images in ([PICTURE], [PICTURE[:300], PICTURE])
+    ]
+    one, *others = answers_of(path)
+    assert alike(found[0], one), found[0]
+    if path == "/explain":
+        shed, mixed = others
+        assert alike(found[1], mixed), found[1]
+        # None is shed here; the rest of it is the first's.
+        missing = {"status": "shed", "reason": examples.MESSAGES["map_shed"]}
+        assert shed["results"] == [{**one["results"][0], "explanation": missing}]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2/models/{name}/infer", "/v1/models/{name}:predict", "/v1/models/{name}:explain", "/v2/repository/index"],
+)
+def test_the_protocols_answers_of_the_examples_are_real(bundled: Server, path: str) -> None:
+    bodies = [body for _, one, body in (param.values for param in SENT) if one == path]
+    found = bundled.client.post(filled(path, DOCUMENT["paths"][path]["post"]), json=bodies[0]).json()
+    assert alike(found, answers_of(path)[0]), found
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/models", "/v2", "/v2/health/live", "/v2/models/{name}", "/v2/models/{name}/ready", "/v1/models",
+     "/v1/models/{name}"],
+)  # fmt: skip
+def test_what_the_examples_say_is_got_is_real(bundled: Server, path: str) -> None:
+    found = bundled.client.get(filled(path, DOCUMENT["paths"][path]["get"])).json()
+    assert alike(found, answers_of(path, "get")[0]), found
+
+
+def test_the_example_of_a_model_is_real(bundled: Server) -> None:
+    found = bundled.client.get("/models/scenes").json()
+    found["table"] = {name: found["table"][name] for name in ("classes", "defaults")}
+    assert alike(found, answers_of("/models/{name}", "get")[0])
+
+
+# The picture with another size in its header, and the header's checksum.
+_HEADER = b"IHDR" + struct.pack(">II", 60_000, 60_000) + PICTURE[24:29]
+HUGE = PICTURE[:12] + _HEADER + struct.pack(">I", zlib.crc32(_HEADER)) + PICTURE[33:]
+
+SAID: list[tuple[str, str, str, Json]] = [
+    ("no_image", "POST", "/explain", {"files": {"top_k": (None, "1")}}),
+    ("image_empty", "POST", "/explain", {"files": files(b"")}),
+    ("image_truncated", "POST", "/explain", {"files": files(PICTURE[:300])}),
+    ("image_corrupt", "POST", "/explain", {"files": files(PICTURE[:29] + bytes(4) + PICTURE[33:])}),
+    ("image_unsupported", "POST", "/explain", {"files": files(b"<svg/>")}),
+    ("image_too_many_bytes", "POST", "/explain", {"files": files(bytes(20_000_001))}),
+    ("image_too_many_pixels", "POST", "/explain", {"files": files(HUGE)}),
+    ("image_too_complex", "POST", "/explain", {"files": files(b"\xff\xd8" + 400 * b"\xff\xda")}),
+    ("too_many_images", "POST", "/explain", {"files": files(*[PICTURE] * 17)}),
+    ("content_type_unsupported", "POST", "/explain", {"content": b"a", "headers": {"Content-Type": "text/plain"}}),
+    ("not_acceptable", "POST", "/explain", {"files": files(PICTURE, PICTURE), "headers": {"Accept": "image/png"}}),
+    ("not_found", "POST", "/explian", {}),
+    ("method_not_allowed", "GET", "/explain", {}),
+    ("unknown_model", "POST", "/explain", {"files": files(PICTURE), "params": {"model": "resnet"}}),
+    ("unknown_version", "POST", "/explain", {"files": files(PICTURE), "params": {"version": "7"}}),
+    ("unknown_field", "POST", "/explain", {"files": files(PICTURE), "params": {"quantil": "0.1"}}),
+    ("option_invalid", "POST", "/explain", {"files": files(PICTURE), "params": {"quantile": "2"}}),
+    ("unknown_class", "POST", "/explain", {"files": files(PICTURE), "params": {"target": "cupp"}}),
+    ("unauthorized", "POST", "/v2/repository/models/scenes/load", {}),
+    ("option_unsupported", "POST", "/v2/models/scenes/infer",
+     {"json": {"inputs": [{"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [examples.PICTURE]}],
+               "parameters": {"priority": 3}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "method", "path", "sent"), SAID, ids=[one[0] for one in SAID])
+def test_the_messages_of_the_examples_are_what_is_said(
+    bundled: Server, code: str, method: str, path: str, sent: Json
+) -> None:
+    response = bundled.client.request(method, path, **sent)
+    said = {"error": examples.MESSAGES[code]}
+    if not path.startswith("/v2"):
+        said = {"error": {"code": code, "message": examples.MESSAGES[code]}}
+    assert (response.status_code, response.json()) == (STATUS[code], said)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"target": "CUP"}, "Option 'target' is 'CUP'; allowed: an index in 0..9, a class name or id, predicted or "
+                            "top:k. Did you mean 'cup'?"),
+        ({"target": "10"}, "Option 'target' is '10'; allowed: an index in 0..9, a class name or id, predicted or "
+                           "top:k."),
+        ({"explain_when": "class:cup|dog"}, "Option 'explain_when' names 'dog'; allowed: an index in 0..9, a class "
+                                            "name or id."),
+        ({"explain_when": "class:umbrela"}, "Option 'explain_when' names 'umbrela'; allowed: an index in 0..9, a "
+                                            "class name or id. Did you mean 'umbrella'?"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_unknown_class_is_told_of_its_option(bundled: Server, option: dict[str, str], said: str) -> None:
+    response = bundled.client.post("/explain", files=files(PICTURE), data=option)
+    assert response.json() == {"error": {"code": "unknown_class", "message": said}}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "use"),
+    [("POST", "/livez", "GET, HEAD"), ("POST", "/docs.json", "GET, HEAD"), ("PUT", "/predict", "POST")],
+)
+def test_a_wrong_method_is_told_the_right_ones(bundled: Server, method: str, path: str, use: str) -> None:
+    response = bundled.client.request(method, path)
+    assert response.status_code == 405
+    assert response.json()["error"]["message"] == f"{method} is not allowed at '{path}'; use {use}."
+    assert set(response.headers["allow"].split(", ")) == set(use.split(", "))

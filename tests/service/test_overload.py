@@ -1,6 +1,7 @@
 """More than the service can carry: the queue stays bounded, nothing is lost, maps go before predictions."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,9 @@ def test_maps_are_left_out_before_predictions(small: Server) -> None:
     assert {"shed"} in statuses
     assert all(len(one) == 1 for one in statuses)  # a request keeps or loses all its maps
     shed = [one for results in answered for one in results if one["explanation"]["status"] == "shed"]
-    assert {one["explanation"]["reason"] for one in shed} == {"More than 8 images or maps are waiting."}
+    reasons = {one["explanation"]["reason"] for one in shed}
+    assert all(re.fullmatch(r"\d+ images or maps are waiting\.", reason) for reason in reasons), reasons
+    assert min(int(reason.split()[0]) for reason in reasons) >= 8
     assert all(len(one["predictions"]) == 5 for one in shed)
     assert small.metric("parchgrad_maps_missing_total", status="shed") == shed_before + len(shed)
 

@@ -23,6 +23,7 @@ from service.protocols.open_inference import MAX_JSON_ELEMENTS
 from tests.service import kserve_client
 from tests.service.conftest import COVERED, LABELS, Home, picture, png
 from tests.service.serving import Server, serving
+from tests.service.test_batch_mates import Busy
 from tests.service.test_server import distance, explain, saliency
 
 OUTPUTS = ("logits", "probabilities", "target", "saliency")
@@ -184,7 +185,7 @@ def test_request_parameters_are_the_options_of_all_images(triton: InferenceServe
     images, normalised, explainer = three
     parameters = {
         "method": "input_x_gradient", "layers": "features.0,features.9*", "quantile": 0.25, "rule": True,
-        "target": "thing 3", "polarity": "positive", "noise_seed": 3,
+        "target": "thing 3", "polarity": "positive",
     }  # fmt: skip
     result = triton.infer("tiny", [encoded(*images)], parameters=parameters, timeout=30_000_000)
     expected = explainer.explain(
@@ -328,8 +329,8 @@ def test_the_kserve_client(server: Server, three: Three) -> None:
 
 
 @pytest.fixture(scope="module")
-def any_size(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceServerClient]:
-    """The same network; with more than two images at a time, their maps are shed."""
+def any_size_server(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same network; while two images or more are waiting, maps are shed."""
     root = tmp_path_factory.mktemp("any_size")
     tiny = home.explainer().model
     parchgrad.add_model(
@@ -346,9 +347,14 @@ def any_size(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
     golden.record(parchgrad.Explainer(model, parchgrad.load_table(folder, model)), table.folder)
     given = {"models_dir": root / "models", "tables_dir": root / "tables", "model": "any_size", "shed_above": 2}
     with serving(root / "bentoml", settings={**home.settings, **given}) as running:
-        client = InferenceServerClient(running.url.removeprefix("http://"))
-        yield client
-        client.close()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def any_size(any_size_server: Server) -> Iterator[InferenceServerClient]:
+    client = InferenceServerClient(any_size_server.url.removeprefix("http://"))
+    yield client
+    client.close()
 
 
 def test_any_size_is_said_as_minus_one(any_size: InferenceServerClient) -> None:
@@ -381,12 +387,13 @@ def test_a_tensor_s_sides_are_held_to_the_model_s(any_size: InferenceServerClien
     assert "is 47 x 96; allowed: sides in 48..96" in refused(any_size, 400, small, model="any_size")
 
 
-def test_shed_maps_are_nan_and_the_predictions_arrive(any_size: InferenceServerClient) -> None:
+def test_shed_maps_are_nan_and_the_predictions_arrive(any_size_server: Server, any_size: InferenceServerClient) -> None:
     image = png(picture(1, (80, 50)))
-    result = any_size.infer("any_size", [encoded(image, image, image), tensor("target", np.array([4, -1, 5]))])
+    with Busy(any_size_server, 2):
+        result = any_size.infer("any_size", [encoded(image, image, image), tensor("target", np.array([4, -1, 5]))])
     parameters = result.get_response()["parameters"]
     assert parameters["explanation_status"] == "shed,shed,shed"
-    assert parameters["explanation_reason"].startswith("Image 0: More than 2 images or maps are waiting. Image 1: ")
+    assert parameters["explanation_reason"].startswith("Image 0: 2 images or maps are waiting. Image 1: ")
     assert np.isnan(result.as_numpy("saliency")).all()
     logits = any_size.infer("any_size", [encoded(image)]).as_numpy("logits")
     np.testing.assert_allclose(result.as_numpy("logits"), np.repeat(logits, 3, axis=0), rtol=1e-4)
@@ -525,3 +532,28 @@ def test_an_address_that_is_none_is_404(server: Server) -> None:
         assert response.status_code == 404
         assert isinstance(response.json()["error"], str)
     assert server.client.get("/v2/models/tiny/infer").status_code == 405
+
+
+# --- what a review sent ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(home: Home) -> Iterator[Server]:
+    with serving(home.root / "many", settings={**home.settings, "max_images": 100}) as running:
+        yield running
+
+
+def test_outputs_too_long_for_json_are_refused_before_anything_is_computed(many: Server) -> None:
+    client = InferenceServerClient(many.url.removeprefix("http://"))
+    images = encoded(*[png(picture())] * 100)  # 100 maps of 64 x 64
+    before = many.metric("parchgrad_device_seconds_count")
+    message = refused(client, 400, images, outputs=asked("saliency", binary=False))
+    assert f"409600 elements in JSON; at most {MAX_JSON_ELEMENTS}" in message
+    assert many.metric("parchgrad_device_seconds_count") == before
+    assert client.infer("tiny", [images], outputs=asked("saliency")).as_numpy("saliency").shape == (100, 64, 64)
+    client.close()
+
+
+def test_a_prediction_that_overflows_is_no_class(triton: InferenceServerClient) -> None:
+    huge = tensor("images", np.full((1, 3, 64, 64), 3e38, np.float32))
+    assert "overflows" in refused(triton, 422, huge, outputs=asked("target"))

@@ -177,11 +177,41 @@ def test_unload_and_load_again(shelf: Shelf, server: Server) -> None:
     refused(server.client.post("/predict", files=IMAGE, data={"model": "other"}), 404, "unknown_model")
     assert server.metric("parchgrad_model_info", model="other") == 0
     assert change(server, "other", "unload").status_code == 404
-    for name in ("absent", "..", "%2e%2e%2ftiny"):
+    for name in ("absent", "..", "%2e%2e%2ftiny", "a" * 300):
         assert change(server, name, "load").status_code == 404
     body = {"parameters": {"config": "{}"}}
     assert server.client.post("/v2/repository/models/tiny/load", headers=ADMIN, json=body).status_code == 422
     assert identity(server)["name"] == "tiny"
+    assert change(server, "tiny", "unload").status_code == 200
+    refused(server.client.post("/predict", files=IMAGE), 404, "unknown_model")
+    assert server.client.get("/readyz").status_code == 200
+    assert server.metric("parchgrad_ready_workers") == 1
+
+
+def test_unload_while_the_first_load_runs(shelf: Shelf) -> None:
+    """It waits for the load, and then the model is gone for good."""
+    with serving(shelf.root / "home", settings=shelf.settings, wait_ready=False) as server:
+        assert change(server, "tiny", "unload").status_code == 200
+        refused(server.client.post("/predict", files=IMAGE), 404, "unknown_model")
+        assert index(server) == {}
+        assert change(server, "tiny", "load").status_code == 200
+        assert identity(server)["name"] == "tiny"
+
+
+def test_readiness_is_counted_after_the_failed_one_is_unloaded(shelf: Shelf) -> None:
+    shelf.add("other", 2)
+    (shelf.root / "tables" / "other" / "1" / "golden.safetensors").unlink()
+    with serving(shelf.root / "home", settings={**shelf.settings, "models": "other"}, wait_ready=False) as server:
+        for _ in range(300):
+            if "UNAVAILABLE" in index(server).values():
+                break
+            time.sleep(0.1)
+        assert identity(server)["name"] == "tiny"
+        assert server.client.get("/readyz").status_code == 503
+        assert server.metric("parchgrad_ready_workers") == 0
+        assert change(server, "other", "unload").status_code == 200
+        assert server.client.get("/readyz").status_code == 200
+        assert server.metric("parchgrad_ready_workers") == 1
 
 
 def test_memory_is_given_back(shelf: Shelf, server: Server) -> None:

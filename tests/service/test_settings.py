@@ -42,6 +42,7 @@ def test_booleans(text: str, value: bool) -> None:
         ("DEVICE", "gpu", "PARCHGRAD_DEVICE='gpu': expected cpu, cuda or cuda:N."),
         ("MODELS_DIR", "", "PARCHGRAD_MODELS_DIR='': expected a folder."),
         ("TIMEOUT_MS", "130000", "PARCHGRAD_TIMEOUT_MS='130000': expected at most PARCHGRAD_MAX_TIMEOUT_MS=120000."),
+        ("SHED_ABOVE", "9999", "PARCHGRAD_SHED_ABOVE='9999': expected at most PARCHGRAD_MAX_QUEUE=256."),
         ("MAX_QUEUE", "4", "PARCHGRAD_MAX_QUEUE='4': expected at least PARCHGRAD_MAX_IMAGES=16."),
     ],
 )
@@ -52,10 +53,22 @@ def test_errors_name_variable_value_and_allowed(variable: str, value: str, messa
 
 
 def test_a_variable_that_is_no_setting_is_refused() -> None:
-    with pytest.raises(
-        SettingsError, match="PARCHGRAD_MAX_IMAGE='3': expected one of the settings PARCHGRAD_ADMIN_KEYS, "
-    ):
-        Settings.from_environment({"PARCHGRAD_MAX_IMAGE": "3"})
+    message = "PARCHGRAD_MAX_QUEU='3': expected one of the settings PARCHGRAD_ADMIN_KEYS, .*; did you mean {}"
+    with pytest.raises(SettingsError, match=message.format(r"PARCHGRAD_MAX_QUEUE\?$")):
+        Settings.from_environment({"PARCHGRAD_MAX_QUEU": "3"})
+    with pytest.raises(SettingsError, match=r"PARCHGRAD_WORKERS\.$"):  # nothing is near it
+        Settings.from_environment({"PARCHGRAD_TYPO": "3"})
+
+
+def test_shed_above_the_whole_queue_is_allowed() -> None:
+    assert Settings.from_environment({"PARCHGRAD_SHED_ABOVE": "256"}).shed_bound == 256
+
+
+def test_every_model_is_each_folder_that_holds_a_version(tmp_path: Path) -> None:
+    for folder in ("a/1", "b/2", "c/notes", ".adding/1"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "README.md").write_text("no model")
+    assert Settings(models_dir=tmp_path, model="b", models="*").entries == [("b", None), ("a", None)]
 
 
 def test_every_setting_says_what_it_is() -> None:
