@@ -188,7 +188,9 @@ class Calls:
 
     async def _model_infer(self, call: Call) -> Any:
         message = call.message
-        with self._named(message.model_name, message.model_version) as served:
+        named = self._named(message.model_name, message.model_version)
+        with named as served, self._pipeline.bodies.share() as share:
+            share.take(message.ByteSize())
             asked = await asyncio.to_thread(grpc_messages.decode, message)
             asked = replace(asked, parameters=timed(asked.parameters, call.seconds, self._pipeline.settings))
             response = await inference.infer(self._pipeline, served, asked, call.arrival, call.origin)
