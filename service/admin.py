@@ -8,7 +8,8 @@ from starlette.routing import Route
 
 from service.body import read_json
 from service.errors import ServiceError
-from service.fleet import Fleet
+from service.native import origin
+from service.pipeline import Pipeline
 from service.repository import READY, Repository
 
 MAX_BODY_BYTES = 65_536
@@ -24,20 +25,19 @@ async def index(request: Request) -> Response:
 
 
 async def load(request: Request) -> Response:
-    await _body(request, {"parameters": dict})
-    await _fleet(request).load(request.path_params["name"])
+    await _change(request, served=True)
     return Response(status_code=200)
 
 
 async def unload(request: Request) -> Response:
-    await _body(request, {"parameters": dict})
-    await _fleet(request).unload(request.path_params["name"])
+    await _change(request, served=False)
     return Response(status_code=200)
 
 
-def _fleet(request: Request) -> Fleet:
-    fleet: Fleet = request.app.state.pipeline.fleet
-    return fleet
+async def _change(request: Request, *, served: bool) -> None:
+    await _body(request, {"parameters": dict})
+    pipeline: Pipeline = request.app.state.pipeline
+    await pipeline.change(origin(request), request.path_params["name"], served=served)
 
 
 async def _body(request: Request, known: dict[str, type]) -> dict[str, object]:

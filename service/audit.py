@@ -21,8 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from service import metrics
 from service.errors import ServiceError
 from service.settings import PREFIX, PROJECT_ROOT, Settings, SettingsError
@@ -212,9 +210,18 @@ class Audit:
 
         Raises ServiceError(audit_unavailable) where they cannot be and PARCHGRAD_AUDIT_REQUIRED says they must.
         """
-        if self._writer is None or not outcomes:
-            return
-        lines = Lines([entry(origin, served, outcome, index) for index, outcome in enumerate(outcomes)])
+        if self._writer is not None and outcomes:
+            await self._append([entry(origin, served, outcome, index) for index, outcome in enumerate(outcomes)])
+
+    async def record_change(self, origin: "Origin", name: str, *, served: bool, result: str) -> None:
+        """Write a line for a load or an unload: who asked for it, and `ok` or the error's code. Raises as `record`."""
+        if self._writer is not None:
+            change = {"action": "load" if served else "unload", "model": name, "status": result}
+            await self._append([_asked(origin) | change])
+
+    async def _append(self, entries: list[dict[str, Any]]) -> None:
+        assert self._writer is not None  # the callers have looked
+        lines = Lines(entries)
         try:
             self._writer.add(lines)
             await _until_written(lines)
@@ -222,7 +229,7 @@ class Audit:
             self._warn(error)
             if self._required:
                 raise ServiceError("audit_unavailable", "The audit log cannot be written; the log says why.") from error
-            metrics.audit_lost.inc(len(outcomes))
+            metrics.audit_lost.inc(len(entries))
 
     def _warn(self, error: OSError) -> None:
         if time.monotonic() - self._warned >= WARN_EVERY:
@@ -255,10 +262,7 @@ def entry(origin: "Origin", served: "Served", outcome: "Outcome | ServiceError",
     """All that is written of one image; `image` is its place in the request."""
     engine = served.engine
     line: dict[str, Any] = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "request_id": origin.request_id,
-        "caller": origin.caller,
-        "route": origin.route,
+        **_asked(origin),
         "image": index,
         "image_sha256": None,
         "status": "error",
@@ -282,8 +286,18 @@ def entry(origin: "Origin", served: "Served", outcome: "Outcome | ServiceError",
     return line
 
 
+def _asked(origin: "Origin") -> dict[str, Any]:
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "request_id": origin.request_id,
+        "caller": origin.caller,
+        "route": origin.route,
+    }
+
+
 def _explanation(engine: "Engine", outcome: "Outcome") -> dict[str, Any]:
-    from service.answers import effective_options  # answers.py stands above the pipeline, which stands above this
+    # answers.py stands above the pipeline, which stands above this
+    from service.answers import effective_options, map_error
 
     request = outcome.request
     assert request.options is not None  # the caller has looked
@@ -291,12 +305,12 @@ def _explanation(engine: "Engine", outcome: "Outcome") -> dict[str, Any]:
     if outcome.missing is not None:
         explanation = {"status": outcome.missing.status, "reason": outcome.missing.reason}
     else:
-        made = [one.saliency is not None and bool(np.isfinite(one.saliency).all()) for one in outcome.results]
+        errors = [map_error(engine, result) for result in outcome.results]
         targets = [
-            _class(engine, result, result.target) | {"status": "ok" if ok else "error"}
-            for result, ok in zip(outcome.results, made, strict=True)
+            _class(engine, result, result.target) | ({"status": "error", "error": e.code} if e else {"status": "ok"})
+            for result, e in zip(outcome.results, errors, strict=True)
         ]
-        explanation = {"status": "ok" if all(made) else "error", "targets": targets}
+        explanation = {"status": "error" if any(errors) else "ok", "targets": targets}
     return explanation | {"polarity": request.asked.polarity} | effective_options(request.options)
 
 

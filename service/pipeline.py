@@ -229,6 +229,17 @@ class Pipeline:
             metrics.admitted.dec(jobs)
         return outcomes
 
+    async def change(self, origin: Origin, name: str, *, served: bool) -> None:
+        """Load or unload a model in every worker, and write down who asked for it. Raises ServiceError."""
+        result = "ok"
+        try:
+            await (self.fleet.load(name) if served else self.fleet.unload(name))
+        except ServiceError as error:
+            result = error.code
+            raise
+        finally:
+            await self._audit.record_change(origin, name, served=served, result=result)
+
     async def _outcome(self, served: Served, request: Request, missing: MissingMap | None) -> Outcome | ServiceError:
         try:
             async with asyncio.timeout_at(request.deadline):

@@ -212,13 +212,13 @@ class Calls:
     async def _repository_model_load(self, call: Call) -> Any:
         _check_repository(call.message.repository_name)
         admin.check_parameters(call.message.parameters)
-        await self._pipeline.fleet.load(call.message.model_name)
+        await self._pipeline.change(call.origin, call.message.model_name, served=True)
         return service_pb2.RepositoryModelLoadResponse()
 
     async def _repository_model_unload(self, call: Call) -> Any:
         _check_repository(call.message.repository_name)
         admin.check_parameters(call.message.parameters)
-        await self._pipeline.fleet.unload(call.message.model_name)
+        await self._pipeline.change(call.origin, call.message.model_name, served=False)
         return service_pb2.RepositoryModelUnloadResponse()
 
 

@@ -397,7 +397,7 @@ def test_models_are_loaded_and_unloaded(guarded: tuple[Server, int]) -> None:
         refused("INVALID_ARGUMENT", "'config' is refused", client.load_model, "tiny", operator, "{}")
         refused("NOT_FOUND", "no model 'other'", client.load_model, "other", operator)
         client.unload_model("tiny", operator)
-        refused("NOT_FOUND", "no model 'tiny'", client.infer, "tiny", [GOOD], headers=caller)
+        refused("NOT_FOUND", "Model 'tiny' was unloaded", client.infer, "tiny", [GOOD], headers=caller)
         assert not client.get_model_repository_index(caller).models
         client.load_model("tiny", operator)
         assert client.is_model_ready("tiny", headers=caller)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import json
 import shutil
 import threading
 import time
@@ -186,6 +187,21 @@ def test_unload_and_load_again(shelf: Shelf, server: Server) -> None:
     refused(server.client.post("/predict", files=IMAGE), 404, "unknown_model")
     assert server.client.get("/readyz").status_code == 200
     assert server.metric("parchgrad_ready_workers") == 1
+
+
+def test_who_changed_what_is_in_the_audit_log(shelf: Shelf) -> None:
+    log = shelf.root / "audit.jsonl"
+    with serving(shelf.root / "home", settings={**shelf.settings, "audit_log": log}) as server:
+        assert change(server, "tiny", "load").status_code == 200
+        assert change(server, "absent", "load").status_code == 404
+        assert change(server, "tiny", "unload").status_code == 200
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["action"], line["model"], line["status"], line["caller"]) for line in lines] == [
+        ("load", "tiny", "ok", "ops"), ("load", "absent", "unknown_model", "ops"), ("unload", "tiny", "ok", "ops")
+    ]  # fmt: skip
+    assert {line["route"] for line in lines} == {
+        "/v2/repository/models/{name}/load", "/v2/repository/models/{name}/unload"
+    }  # fmt: skip
 
 
 def test_unload_while_the_first_load_runs(shelf: Shelf) -> None:
