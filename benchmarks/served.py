@@ -52,7 +52,10 @@ class Subject:
     def files(self) -> list[bytes]:
         """Encoded pictures; made up ones are smooth JPEG files of 500 x 375."""
         if self.pictures is not None:
-            return [path.read_bytes() for path in sorted(self.pictures.glob("*.[jJ][pP]*[gG]"))]
+            files = [path.read_bytes() for path in sorted(self.pictures.glob("*.[jJ][pP]*[gG]"))]
+            if not files:
+                raise click.BadParameter(f"{self.pictures} holds no JPEG files.", param_hint="--pictures")
+            return files
         return [picture(seed, (500, 375), "JPEG") for seed in range(MADE_UP)]
 
     def tensors(self) -> Tensor:
