@@ -220,14 +220,26 @@ def _decoded(data: str) -> bytes:
         raise ValueError(f"a map's data is not base64: {error}") from error
 
 
-def encoded_as(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """The map as it comes back after the service sent it as `dtype`: uint8 and float16 are scaled to its maximum."""
+def quantised(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], float]:
+    """(array, scale) with values = scale * array. Small floats are scaled to 0..1: gradients underflow float16."""
+    steps, scale = _steps(values, dtype)
+    return steps.astype(_ON_THE_WIRE[dtype]), scale
+
+
+_ON_THE_WIRE = {"uint8": "u1", "float16": "<f2", "float32": "<f4"}
+
+
+def _steps(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], float]:
+    """Rounded as `dtype` rounds, but floats still: a map that is not finite stays so."""
     if dtype == "float32":
-        return values
+        return values, 1.0
     largest = float(values.max()) or 1.0
-    steps: NDArray[Any]
-    if dtype == "uint8":
-        steps, scale = np.rint(values / largest * 255), largest / 255
-    else:
-        steps, scale = (values / largest).astype(np.float16), largest
+    if dtype == "float16":
+        return (values / largest).astype(np.float16), largest
+    return np.rint(values / largest * 255), largest / 255
+
+
+def encoded_as(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """The map as it comes back after the service sent it as `dtype`."""
+    steps, scale = _steps(values, dtype)
     return (steps.astype(np.float64) * scale).astype(np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from parchgrad import __version__, render
+from parchgrad.answers import quantised
 from service import metrics
 from service.engine import Engine, Result
 from service.errors import ServiceError
@@ -285,16 +286,6 @@ def _saliency(outcome: Outcome, values: Array) -> SaliencyMap | None:
     array, scale = quantised(values, encoding)
     data = base64.b64encode(array.tobytes()).decode()
     return SaliencyMap(shape=shape, dtype=cast(Dtype, encoding), scale=scale, encoding="base64", data=data)
-
-
-def quantised(values: Array, dtype: str) -> tuple[Array, float]:
-    """(array, scale) with values = scale * array. Small floats are scaled to 0..1: gradients underflow float16."""
-    if dtype == "float32":
-        return values.astype("<f4"), 1.0
-    largest = float(values.max()) or 1.0
-    if dtype == "float16":
-        return (values / largest).astype("<f2"), largest
-    return np.rint(values / largest * 255).astype(np.uint8), largest / 255
 
 
 def _png(engine: Engine, outcome: Outcome | ServiceError, now: Clock) -> bytes:

@@ -136,11 +136,6 @@ class Settings:
         """Images times bytes, plus a little for part headers and option fields; never more than all bodies may have."""
         return min(self.max_images * (self.max_image_bytes + 4096) + 65536, self.max_bodies_bytes)
 
-    @property
-    def max_memory_body_bytes(self) -> int:
-        """The longest body that is kept in memory: of the protocol routes, whose tensors are no files."""
-        return min(self.max_body_bytes, self.max_bodies_bytes)
-
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """Raises `SettingsError` on a value out of range and on a `PARCHGRAD_` variable that is no setting."""

@@ -66,7 +66,7 @@ async def _answer(request: Request, route: str) -> Response:
     pipeline: Pipeline = request.app.state.pipeline
     settings = pipeline.settings
     with pipeline.repository.use(request.path_params["name"]) as served, pipeline.bodies.share() as share:
-        body = await read_bytes(request, min(settings.max_memory_body_bytes, MAX_JSON_BYTES), settings, share)
+        body = await read_bytes(request, min(settings.max_body_bytes, MAX_JSON_BYTES), settings, share)
         return await while_connected(request, _computed(request, served, body, route, arrival))
 
 

@@ -63,7 +63,7 @@ async def infer(request: Request) -> Response:
     pipeline = _pipeline(request)
     settings = pipeline.settings
     with _named(request) as served, pipeline.bodies.share() as share:  # the model before the body, which may be long
-        body = await read_bytes(request, settings.max_memory_body_bytes, settings, share)
+        body = await read_bytes(request, settings.max_body_bytes, settings, share)
         return await while_connected(request, _inferred(request, served, body, arrival))
 
 

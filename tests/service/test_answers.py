@@ -15,10 +15,11 @@ from PIL import Image
 
 import parchgrad
 from parchgrad import render
+from parchgrad.answers import quantised
 from parchgrad.options import Options
 from parchgrad.preprocessing import Placement
 from service import answers
-from service.answers import JSON, NPZ, PNG, accepted, encode, quantised, require_one_picture
+from service.answers import JSON, NPZ, PNG, accepted, encode, require_one_picture
 from service.engine import PREDICTED, Engine, Explained, Job, Result
 from service.errors import ServiceError, from_exception
 from service.pipeline import MissingMap, Outcome, Prepared, Request, _backdrop
