@@ -35,6 +35,7 @@ class _Entry(Generic[Job, Result]):
     deadline: float  # on the loop's clock
     queued: float
     result: asyncio.Future[Result]
+    taken: bool = False  # into a batch: the device has begun it, or is about to
 
 
 class Batcher(Generic[Job, Result]):
@@ -83,18 +84,23 @@ class Batcher(Generic[Job, Result]):
                 result: Result = await entry.result
                 return result
         except TimeoutError:
+            self._withdraw(entry, "expired")
             raise DeadlineError from None
-        finally:
-            if entry.result.cancelled():
-                self._withdraw(entry)
+        except asyncio.CancelledError:
+            self._withdraw(entry, "cancelled")
+            raise
 
-    def _withdraw(self, entry: _Entry[Job, Result]) -> None:
-        """Take back what nobody waits for any more, unless the device has begun it: it would fill the queue."""
+    def _withdraw(self, entry: _Entry[Job, Result], reason: str) -> None:
+        """Take back what nobody waits for any more, unless the device has begun it: it would fill the queue.
+
+        The reason is what ended the wait, not what the clock says: a timer may fire a rounding before its time.
+        """
+        if entry.taken:
+            return
+        metrics.dropped.labels(reason).inc()
         if entry in self._queue:
             self._queue.remove(entry)
             metrics.queue_depth.dec()
-            late = entry.deadline <= asyncio.get_running_loop().time()
-            metrics.dropped.labels("expired" if late else "cancelled").inc()
 
     async def close(self) -> None:
         """Stop the worker; jobs still waiting are cancelled."""
@@ -116,17 +122,18 @@ class Batcher(Generic[Job, Result]):
                 await self._answer(batch)
 
     def _take(self) -> list[_Entry[Job, Result]]:
-        """The oldest entry and its group's next ones, in order; entries nobody waits for are dropped."""
+        """The oldest entry and its group's next ones, in order; entries nobody waits for, or whose time is up, go."""
         now = asyncio.get_running_loop().time()
         batch: list[_Entry[Job, Result]] = []
         group, room = None, 0
         others: deque[_Entry[Job, Result]] = deque()
         for entry in self._queue:
             if entry.result.done() or entry.deadline <= now:
-                metrics.dropped.labels("expired" if entry.deadline <= now else "cancelled").inc()
-            elif not batch or (len(batch) < room and self._group(entry.job) == group):
+                continue  # counted where its wait ends
+            if not batch or (len(batch) < room and self._group(entry.job) == group):
                 if not batch:
                     group, room = self._group(entry.job), self._capacity(entry.job)
+                entry.taken = True
                 batch.append(entry)
             else:
                 others.append(entry)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service import metrics
 from service.batching import Batcher, DeadlineError, QueueFullError
 
 FOREVER = 1e9
@@ -171,6 +172,39 @@ def test_expired_jobs_are_answered_on_time_and_not_computed(executor: ThreadPool
         await queue.close()
 
     run(scenario)
+
+
+@pytest.mark.parametrize("early", [0.0, 0.05])
+def test_what_was_dropped_is_counted_by_what_ended_its_wait(
+    executor: ThreadPoolExecutor, device: Device, early: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a timer fires before its time, as uvloop's does by a rounding: late is not the same as left."""
+    timeout_at = asyncio.timeout_at
+
+    async def scenario() -> None:
+        b = batcher(device, executor)
+        running = await busy(b, device)
+        now = asyncio.get_running_loop().time()
+        with monkeypatch.context() as patched:
+            patched.setattr("service.batching.asyncio.timeout_at", lambda deadline: timeout_at(deadline - early))
+            late = [asyncio.create_task(b.submit(job, now + 0.1)) for job in (1, 2, 3)]
+            left = [asyncio.create_task(b.submit(job, FOREVER)) for job in (4, 5)]
+            assert [type(error) for error in await asyncio.gather(*late, return_exceptions=True)] == [DeadlineError] * 3
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        device.gate.set()
+        assert await running == 0
+        await b.close()
+
+    before = {reason: dropped(reason) for reason in ("expired", "cancelled")}
+    run(scenario)
+    assert {reason: dropped(reason) - count for reason, count in before.items()} == {"expired": 3, "cancelled": 2}
+    assert device.batches == [[0]]
+
+
+def dropped(reason: str) -> float:
+    return float(metrics.dropped.labels(reason)._value.get())
 
 
 def test_cancelling_a_job_on_the_device_leaves_its_mates(executor: ThreadPoolExecutor, device: Device) -> None:
