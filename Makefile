@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test soak fuzz lint model figures lock clean
+.PHONY: help install demo serve test bench soak fuzz lint model figures lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,8 +28,12 @@ serve: $(READY)  ## serve the bundled model on PORT (3000)
 	@echo "Try: curl -s -H 'Accept: image/png' -F image=@out/scene_9.png http://127.0.0.1:$(PORT)/explain -o map.png"
 	$(BIN)/parchgrad serve --port $(PORT)
 
-test: $(READY) lint  ## lint, type-check and run the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY) lint  ## lint, type-check and run the whole test suite, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(READY)  ## ParchGrad beside every peer: time and memory of a map, written to out/
+	mkdir -p out
+	$(BIN)/python -m benchmarks.peers --curves --json out/bench.json --markdown out/bench.md --chart out/bench.svg
 
 soak: $(READY)  ## 20,000 mixed requests against a served model, memory and descriptors watched
 	$(BIN)/python -m benchmarks.soak --requests 20000

@@ -161,12 +161,12 @@ def test_a_wrong_row_is_refused_with_the_rows_there_are(project):
     ],
     ids=["no-model", "no-such-class", "bad-option", "no-images"],
 )
-def test_a_library_error_is_one_line_on_stderr_and_an_exit_code(project, tmp_path, arguments, message, code):
+def test_a_library_error_is_one_line_on_stderr_and_an_exit_code(project, typed, tmp_path, arguments, message, code):
     root, where, _ = project
     names = {"IMAGE": str(root / "images/disc/0.png"), "EMPTY": str(tmp_path)}
     folders = where[:2] if arguments[0] == "model" else where
     command = [*(names.get(a, a) for a in arguments), *map(str, folders)]
-    ran = subprocess.run([sys.executable, "-m", "parchgrad", *command], capture_output=True, text=True, check=False)
+    ran = typed(*command)
     assert ran.returncode == code
     assert ran.stderr.startswith("Error: ")
     assert message in ran.stderr

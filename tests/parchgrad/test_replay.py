@@ -5,8 +5,6 @@ import copy
 import hashlib
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -495,11 +493,11 @@ def test_other_versions_are_said_once(place):
     assert printed.count(sentence) == 1
 
 
-def test_a_sentence_ends_once(place):
+def test_a_sentence_ends_once(place, typed):
     skipped = {"status": "skipped", "reason": "Not explained: 0.88 is not below 0.1."}
     answer = place.answer(place.result(place.images[0]) | {"explanation": skipped})
     path = command(place, answer, place.images[0])
-    ran = subprocess.run([sys.executable, "-m", "parchgrad", *path], capture_output=True, text=True, check=False)
+    ran = typed(*path)
     assert ran.returncode == 3
     assert ran.stdout.splitlines()[-1] == f"{place.images[0]}: skipped: 0.88 is not below 0.1."
     assert ran.stderr.endswith("could be compared: skipped: 0.88 is not below 0.1.\n")
@@ -517,11 +515,11 @@ def test_the_command_ends_with_1_where_a_map_differs_and_prints_json(place):
 
 
 @pytest.mark.parametrize("kind", ["no-json", "no-map", "other-image"])
-def test_the_command_ends_with_3_where_the_data_does_not_do(place, kind):
+def test_the_command_ends_with_3_where_the_data_does_not_do(place, typed, kind):
     answer = place.answer(place.result(place.images[0], encoding="none" if kind == "no-map" else "float32"))
     image = place.images[1 if kind == "other-image" else 0]
     arguments = command(place, "{" if kind == "no-json" else answer, image)
-    ran = subprocess.run([sys.executable, "-m", "parchgrad", *arguments], capture_output=True, text=True, check=False)
+    ran = typed(*arguments)
     assert ran.returncode == 3
     said = {"no-json": "is not JSON", "no-map": "holds no map that could be compared", "other-image": "has sha256"}
     assert said[kind] in ran.stderr

@@ -1,13 +1,14 @@
 """A real `bentoml serve` in a process of its own, on a free loopback port, stopped by its process id."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import psutil
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 SERVICE = "service.service:ParchGradService"
-START_TRIES = 600  # times half a second
+START_TRIES = 3000  # times a tenth of a second
 
 
 @dataclass
@@ -65,6 +66,20 @@ def environment(home: Path, **settings: object) -> dict[str, str]:
     return kept | {f"PARCHGRAD_{name.upper()}": str(value) for name, value in settings.items()}
 
 
+def free_port() -> int:
+    """A port where nobody listens. A server takes it seconds later, so each pytest-xdist worker draws from its own.
+
+    They lie below those that the system gives to outgoing connections.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        port = random.SystemRandom().randrange(20_000 + worker, 32_000, workers)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @contextmanager
 def serving(
     home: Path,
@@ -76,9 +91,7 @@ def serving(
     settings: Mapping[str, object],
 ) -> Iterator[Server]:
     home.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = home / f"serve-{port}.log"
     command = [sys.executable, "-m", "bentoml", "serve", target, "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("wb") as out:
@@ -106,5 +119,5 @@ def _wait(server: Server, path: str) -> None:
                 return
         except httpx.TransportError:
             pass
-        time.sleep(0.5)
+        time.sleep(0.1)
     raise RuntimeError(f"The server did not answer {path}; its log:\n{server.log.read_text()[-4000:]}")

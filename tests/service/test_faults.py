@@ -567,7 +567,7 @@ def test_a_second_server_on_the_same_port_ends_and_leaves_the_first_alone(home: 
 
 
 def test_loading_a_large_model_fails_no_request(shelf: Shelf) -> None:  # noqa: F811
-    shelf.add("large", 3, "vgg11")
+    shelf.add("large", 3, "alexnet")
     settings = {**shelf.settings, "timeout_ms": 120_000}
     with serving(shelf.root / "home", settings=settings) as server:
         alone = expected(server)

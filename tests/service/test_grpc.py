@@ -34,7 +34,7 @@ from service.protocols import grpc_calls, grpc_messages, grpc_server
 from service.protocols.open_inference import MAX_JSON_ELEMENTS, InferResponse, Tensor, raw_bytes
 from service.settings import Settings, SettingsError
 from tests.service.conftest import COVERED, LABELS, Home, picture, png
-from tests.service.serving import PROJECT_ROOT, Server, serving
+from tests.service.serving import PROJECT_ROOT, Server, free_port, serving
 from tests.service.test_open_inference import tensors
 from tests.service.test_server import distance, explain, saliency
 
@@ -43,12 +43,6 @@ OUTPUTS = ("logits", "probabilities", "target", "saliency")
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 SLOW = {"method": "smoothgrad"}
 BUSY_CALLS = 20  # of 16 images
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from parchgrad.errors import ModelError
 from service import repository
 from service.settings import PROJECT_ROOT, Settings, SettingsError
 from tests.service.conftest import Home, files, picture, png
-from tests.service.serving import SERVICE, environment, serving
+from tests.service.serving import SERVICE, environment, free_port, serving
 from tests.service.test_repository import Shelf, change, index, shelf  # noqa: F401 - a fixture
 from tests.service.test_server import refused
 
@@ -81,9 +81,7 @@ def test_what_is_there_may_be_served(folders: Path) -> None:
 
 
 def test_the_supervisor_ends_with_the_one_line(home: Home, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     ended = subprocess.run(
         [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", "127.0.0.1", "--port", port],
         cwd=PROJECT_ROOT, env=environment(tmp_path, **{**home.settings, "model": "nope"}),
