@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.explanation_cost import interleaved
+from benchmarks.measuring import interleaved
 from parchgrad.evidence import digest_of
 from parchgrad.features import GapNetwork, running_layers
 from parchgrad.models import build_network
 from parchgrad.preprocessing import Preprocessing, decode_image
-from parchgrad.runtimes.pytorch import private_view
+from parchgrad.runtimes.view import private_view
 from parchgrad.statistics import ClassMoments
 
 BATCH = 32

@@ -25,7 +25,7 @@ from rich.table import Table
 from parchgrad.build import Local, Reader, Work, gather, loader, subject_of
 from parchgrad.models import Model, add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing
-from parchgrad.runtimes.pytorch import private_view
+from parchgrad.runtimes.view import private_view
 from parchgrad.sources import ImageFolder
 
 CLASSES = 10
