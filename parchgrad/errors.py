@@ -72,3 +72,7 @@ class UnknownTargetError(OptionError):
 
 class UncoveredTargetError(ParchGradError):
     """A target is a class of the model for which the selection table has no row."""
+
+
+class AbandonedError(ParchGradError):
+    """An explanation was ended between two passes: its caller said that none of its images is wanted any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parchgrad.errors import OptionError
+from parchgrad.errors import AbandonedError, OptionError
 from parchgrad.labels import class_index
 from parchgrad.layers import match
-from parchgrad.methods import MANY_POINTS, points
+from parchgrad.methods import MANY_POINTS, Point, number_of_points, points
 from parchgrad.options import Options, per_image
 from parchgrad.rule import CONSERVE
-from parchgrad.runtimes import Plan
-from parchgrad.runtimes.pytorch import PyTorchRuntime, seed_score
+from parchgrad.runtimes import Plan, Points
+from parchgrad.runtimes.dense import seed_score
+from parchgrad.runtimes.pytorch import PyTorchRuntime
 from parchgrad.selection import channels_of_quantile
 from parchgrad.tables import SelectionTable, network_of, quantile_of_layers
 
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
 
 Target = int | str | None
 
+# Distinct settings of layers and quantile that an explainer remembers what they mean for.
+MAX_SETTINGS = 256
+
 REDUCTIONS = ("mean_abs", "sum", "max_abs", "positive", "negative")
 
-# Points of integrated gradients and SmoothGrad computed in one backward pass: bounds memory, not results.
-POINTS_PER_PASS = 16
+# Of the points of integrated gradients and SmoothGrad computed in one pass: 16 points of 224 x 224.
+PIXELS_PER_PASS = 16 * 224 * 224
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Explanation:
     layers_used: Tensor  # (B,) long: layers the rule acts on
     covered: Tensor  # (B,) bool: False where the target has no row in the table; its attribution is NaN
     completeness_gap: Tensor  # (B,): sum of attribution minus score difference; NaN but for plain IG
+    complete: Tensor  # (B,) bool: False where `wanted` ended it before its last point; its attribution is NaN
     options: tuple[Options, ...]
 
     def probabilities(self) -> Tensor:
@@ -76,21 +81,39 @@ class Explainer:
 
     `model` is a model package or a bare `nn.Module` in any mode (it is explained as in eval mode);
     `device` defaults to where its weights are. The weights are shared, not copied, unless they move.
-    Raises TableError when the table is not this model's.
+    `backward` is the backward pass: `pruned` (method.md section 4) computes what the rule keeps, from a copy of the
+    convolutions' weights in the processor's own order, and predicts faster too; `dense` lets autograd compute
+    everything and scales it; `auto` is pruned where the network can be traced. The results are the same.
+    Raises TableError when the table is not this model's, UnsupportedModelError where `pruned` is not possible.
     """
 
     def __init__(
-        self, model: Model | nn.Module, table: SelectionTable, device: str | torch.device | None = None
+        self,
+        model: Model | nn.Module,
+        table: SelectionTable,
+        device: str | torch.device | None = None,
+        backward: str = "auto",
     ) -> None:
         self.model = model
         self.table = table
         if not isinstance(model, nn.Module):
             table.check_model(model)
-        self._runtime = PyTorchRuntime(network_of(model), table, checked_device(device))
+        self._rows: dict[tuple[object, ...], tuple[list[bool], list[int]]] = {}  # of settings: layers, and channels
+        self._runtime = PyTorchRuntime(network_of(model), table, checked_device(device), backward)
 
     @property
     def device(self) -> torch.device:
         return self._runtime.device
+
+    @property
+    def backward(self) -> str:
+        """The backward pass in use: `pruned` or `dense`."""
+        return self._runtime.backward
+
+    @property
+    def dense_because(self) -> str | None:
+        """Why the backward pass is the dense one; None where it is pruned."""
+        return self._runtime.dense_because
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -122,6 +145,8 @@ class Explainer:
         noise_seed: Any = None,
         baseline: Tensor | None = None,
         uncovered: str = "raise",
+        wanted: Callable[[], Sequence[bool]] | None = None,
+        pixels_per_pass: int = PIXELS_PER_PASS,
     ) -> Explanation:
         """Predict and explain `images` `(B, 3, h, w)`, normalised, floating point.
 
@@ -134,12 +159,20 @@ class Explainer:
             uncovered: a target without a row in the table raises UncoveredTargetError (`raise`), or gets NaN
                 for its attribution and False for its `covered` (`nan`). Only where the table is asked:
                 instance-wise selection and plain methods cover every class.
+            wanted: called before every pass, in this thread: for each image, whether somebody still wants it. An
+                image once not wanted is left out of the passes that remain: NaN for its attribution, False for its
+                `complete`. A pass that has begun is finished. Where none is wanted raises AbandonedError.
+            pixels_per_pass: most pixels (points x h x w) of the points of integrated gradients and SmoothGrad that
+                go through the network together, at least one point: bounds memory, whatever the picture's size
+                and the number of points. The other methods take the batch in one pass.
 
         A batch of mixed options gives each image what it gets alone. Raises OptionError.
         """
         images = self._checked_images(images).detach().to(self.device)
         if uncovered not in ("raise", "nan"):
             raise OptionError("uncovered", uncovered, "raise, nan")
+        if pixels_per_pass < 1:
+            raise OptionError("pixels_per_pass", pixels_per_pass, "an integer of at least 1")
         given = {
             "method": method, "rule": rule, "quantile": quantile, "alpha": alpha, "gamma": gamma,
             "conserve": conserve, "selection": selection, "layers": layers,
@@ -154,20 +187,25 @@ class Explainer:
             known = chosen >= 0  # the others are known only after the forward pass
             asked = [o for o, k in zip(options, known.tolist(), strict=True) if k]
             self._require(self._covered(chosen[known], asked), chosen[known])
-        start = torch.zeros_like(images) if baseline is None else _expanded(baseline, images)
-
+        interest = _Interest(wanted, len(images))
         many = torch.tensor([o.method in MANY_POINTS for o in options])
         parts = []
+        interest.ask()
         if len(one := (~many).nonzero()[:, 0]):
             parts.append((one, self._explain_at_image(images, chosen, options, plan, one)))
         if len(several := many.nonzero()[:, 0]):
-            parts.append((several, self._explain_over_points(images, start, chosen, options, plan, several)))
-        logits, final_targets, attributions, identity, gap = _in_order(parts, len(images))
+            start = torch.zeros_like(images) if baseline is None else _expanded(baseline, images)
+            room = max(1, pixels_per_pass // (images.shape[-2] * images.shape[-1]))
+            parts.append(
+                (several, self._explain_over_points(images, start, chosen, options, plan, several, room, interest))
+            )
+        logits, final_targets, attributions, identity, gap, complete = _in_order(parts, len(images))
 
         covered = self._covered(final_targets, options)
         if uncovered == "raise":
             self._require(covered, final_targets)
-        attributions[~covered] = math.nan
+        if not bool(covered.all()):
+            attributions[~covered] = math.nan
         return Explanation(
             logits=logits,
             targets=final_targets,
@@ -176,18 +214,25 @@ class Explainer:
             layers_used=plan.active.sum(dim=1).to(self.device),
             covered=covered,
             completeness_gap=gap,
+            complete=complete,
             options=tuple(options),
         )
 
     def _explain_at_image(
         self, images: Tensor, targets: Tensor, options: list[Options], plan: Plan, which: Tensor
     ) -> tuple[Tensor, ...]:
-        here = images[which]
-        result = self._runtime.gradients(here, targets[which], plan.take(which))
-        times_input = torch.tensor([options[i].method == "input_x_gradient" for i in which.tolist()])
-        factor = torch.where(times_input.to(here.device)[:, None, None, None], here, torch.ones_like(here))
+        if len(which) < len(images):
+            images, targets, plan = images[which.to(images.device)], targets[which], plan.take(which)
+        here = images
+        result = self._runtime.gradients(here, targets, plan)
+        attributions = result.gradients
+        times_input = [options[i].method == "input_x_gradient" for i in which.tolist()]
+        if any(times_input):
+            rows = torch.tensor(times_input, device=here.device)[:, None, None, None]
+            attributions = torch.where(rows, attributions * here, attributions)
         nothing = torch.full((len(which),), math.nan, dtype=result.gradients.dtype, device=here.device)
-        return result.logits, result.targets, result.gradients * factor, result.identity_layers, nothing
+        complete = torch.ones(len(which), dtype=torch.bool, device=here.device)
+        return result.logits, result.targets, attributions, result.identity_layers, nothing, complete
 
     def _explain_over_points(
         self,
@@ -197,30 +242,54 @@ class Explainer:
         options: list[Options],
         plan: Plan,
         which: Tensor,
+        room: int,
+        interest: _Interest,
     ) -> tuple[Tensor, ...]:
+        """`room`: how many points go through the network together."""
+        interest.ask()
         logits = self._runtime.predict(images[which])
-        wanted = targets[which].to(logits.device)
-        final = torch.where(wanted < 0, logits.argmax(dim=1), wanted)
+        asked = targets[which].to(logits.device)
+        final = torch.where(asked < 0, logits.argmax(dim=1), asked)
         total = torch.zeros_like(images[which])
         identity = torch.zeros(len(which), dtype=torch.long, device=self.device)
-        walk = (
-            (row, point, weight)
-            for row, i in enumerate(which.tolist())
-            for point, weight in points(images[i], options[i], baseline[i])
-        )
-        while chunk := list(islice(walk, POINTS_PER_PASS)):
-            rows = torch.tensor([row for row, _, _ in chunk])
-            batch = torch.stack([point for _, point, _ in chunk])
-            weights = torch.tensor([weight for _, _, weight in chunk], dtype=batch.dtype, device=batch.device)
-            result = self._runtime.gradients(batch, final[rows.to(final.device)], plan.take(which[rows]))
-            rows = rows.to(total.device)
-            total.index_add_(0, rows, result.gradients * weights[:, None, None, None])
-            identity = identity.scatter_reduce(0, rows, result.identity_layers, "amax")
+        walks = [points(images[i], options[i], baseline[i]) for i in which.tolist()]
+        left = [number_of_points(options[i]) for i in which.tolist()]
+        lines = [number > 2 for number in left]  # what two points give is no help to fewer
+        complete = [True] * len(which)
+        starts, ends = baseline[which], images[which]
+        kept: dict[str, Any] = {}
+        while any(left):
+            still = interest.ask(identity)
+            for row, i in enumerate(which.tolist()):
+                if left[row] and not still[i]:
+                    left[row], complete[row] = 0, False
+            if not any(left):
+                break  # what is still wanted is done
+            chunk: list[tuple[int, Point]] = []
+            for row, walk in enumerate(walks):
+                taken = list(islice(walk, min(left[row], room - len(chunk))))
+                left[row] -= len(taken)
+                chunk += ((row, one) for one in taken)
+            rows = torch.tensor([row for row, _ in chunk])
+            together = Points(
+                images=torch.stack([point.image for _, point in chunk]),
+                rows=rows.tolist(),
+                weights=[point.weight for _, point in chunk],
+                fractions=[point.fraction if lines[row] else None for row, point in chunk],
+                starts=starts,
+                ends=ends,
+                kept=kept,
+            )
+            sums, unchanged = self._runtime.sums(together, final[rows.to(final.device)], plan.take(which[rows]))
+            total.index_add_(0, torch.unique(rows).to(total.device), sums)
+            identity = identity.scatter_reduce(0, rows.to(total.device), unchanged, "amax")
         integrated = torch.tensor([options[i].method == "integrated_gradients" for i in which.tolist()])
         path = torch.where(integrated.to(total.device)[:, None, None, None], (images - baseline)[which], 1.0)
         attributions = total * path
+        finished = torch.tensor(complete, device=total.device)
+        attributions[~finished] = math.nan
         gap = self._completeness_gap(attributions, logits, baseline[which], final, [options[i] for i in which.tolist()])
-        return logits, final, attributions, identity, gap
+        return logits, final, attributions, identity, gap, finished
 
     def _completeness_gap(
         self, attributions: Tensor, logits: Tensor, baseline: Tensor, targets: Tensor, options: list[Options]
@@ -239,23 +308,27 @@ class Explainer:
     def _plan(self, options: list[Options]) -> Plan:
         names = self.layer_names
         channels = [self.table.layers[name].channels for name in names]
-        rows: dict[tuple[object, ...], tuple[list[bool], list[int]]] = {}
+        rows = self._rows
+        if len(rows) > MAX_SETTINGS:
+            rows.clear()
 
         def row(o: Options) -> tuple[list[bool], list[int]]:
-            # A batch rarely holds more than a few distinct settings; each is matched against the layers once.
+            # Callers rarely have more than a few distinct settings; each is matched against the layers once.
             key = (o.layers, o.rule, repr(o.quantile))
-            if key not in rows:
+            found = rows.get(key)
+            if found is None:
                 quantiles = quantile_of_layers(o.quantile, match(names, o.layers)) if o.rule else {}
                 active = [name in quantiles for name in names]
                 counts = [
                     channels_of_quantile(quantiles.get(name, 1.0), c) for name, c in zip(names, channels, strict=True)
                 ]
-                rows[key] = active, counts
-            return rows[key]
+                found = rows[key] = active, counts
+            return found
 
+        each = [row(o) for o in options]
         return Plan(
-            active=torch.tensor([row(o)[0] for o in options]),
-            count=torch.tensor([row(o)[1] for o in options]),
+            active=torch.tensor([active for active, _ in each]),
+            count=torch.tensor([counts for _, counts in each]),
             log_alpha=torch.tensor(
                 [math.nan if o.alpha is None else math.log(o.alpha) for o in options], dtype=torch.float64
             ),
@@ -316,6 +389,28 @@ class Explainer:
         return class_index(target, self.table.labels)
 
 
+class _Interest:
+    """Which images of an explanation somebody still wants; a no is final."""
+
+    def __init__(self, wanted: Callable[[], Sequence[bool]] | None, images: int) -> None:
+        self._wanted = wanted
+        self._still = [True] * images
+
+    def ask(self, computed: Tensor | None = None) -> list[bool]:
+        """One an image, as it is when the device has `computed` this. Raises AbandonedError where none is wanted."""
+        if self._wanted is None:
+            return self._still
+        if computed is not None:
+            int(computed.sum())  # a GPU's passes are queued long before they end; reading a number waits
+        now = list(self._wanted())
+        if len(now) != len(self._still):
+            raise OptionError("wanted", now, f"one bool for each of the {len(self._still)} images")
+        self._still = [was and bool(one) for was, one in zip(self._still, now, strict=True)]
+        if not any(self._still):
+            raise AbandonedError(f"None of the {len(now)} images is wanted any more.")
+        return self._still
+
+
 def checked_device(device: str | torch.device | None) -> torch.device | None:
     """The device, if this machine has it; None stays None. Raises OptionError."""
     if device is None:
@@ -336,6 +431,9 @@ def _expanded(baseline: Tensor, images: Tensor) -> Tensor:
 
 def _in_order(parts: list[tuple[Tensor, tuple[Tensor, ...]]], batch: int) -> Iterator[Tensor]:
     """Each column of the parts put back into the batch's order."""
+    if len(parts) == 1:
+        yield from parts[0][1]
+        return
     order = torch.cat([which for which, _ in parts]).argsort()
     assert len(order) == batch
     for column in zip(*(values for _, values in parts), strict=True):

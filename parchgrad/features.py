@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parchgrad.errors import OptionError, UnsupportedModelError
 from parchgrad.layers import convolutions
-from parchgrad.runtimes.pytorch import gap_features, private_view
+from parchgrad.runtimes.view import gap_features, private_view
 
 
 class GapNetwork:

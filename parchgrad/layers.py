@@ -33,6 +33,11 @@ _KINDS = (
 _QUANTISED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.", "torch.nn.qat.")
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the rule can act at the module's output; what stands in the way of it is for `convolutions` to say."""
+    return isinstance(module, _KINDS)
+
+
 def convolutions(module: nn.Module) -> dict[str, int]:
     """Name -> output channels of every convolution, in `named_modules` order (registration order).
 

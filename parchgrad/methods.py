@@ -1,12 +1,13 @@
 """Methods that average gradients over several points: where those points lie and how they are weighted.
 
 `gradient`, `input_x_gradient` and `guided_backprop` need one backward pass at the image itself; integrated
-gradients and SmoothGrad need many, described here as (point, weight) pairs of one image.
+gradients and SmoothGrad need many, described here as the weighted points of one image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,24 +18,37 @@ from parchgrad.options import Options
 MANY_POINTS = ("integrated_gradients", "smoothgrad")
 
 
-def points(image: Tensor, options: Options, baseline: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """The points `(3, h, w)` at which `image`'s gradient is taken, and the weight of each; weights sum to 1."""
+class Point(NamedTuple):
+    """Where a gradient is taken, and what it counts."""
+
+    image: Tensor  # (3, h, w)
+    weight: float
+    fraction: float | None = None  # how far it is from the baseline to the image; None: not on that line
+
+
+def number_of_points(options: Options) -> int:
+    """How many points `points` gives."""
+    return options.steps if options.method == "integrated_gradients" else options.samples
+
+
+def points(image: Tensor, options: Options, baseline: Tensor) -> Iterator[Point]:
+    """The points at which the gradient of `image` `(3, h, w)` is taken; their weights sum to 1."""
     if options.method == "integrated_gradients":
         return straight_path(image, baseline, options.steps)
     return noisy_copies(image, options.samples, options.noise, options.noise_seed)
 
 
-def straight_path(image: Tensor, baseline: Tensor, steps: int) -> Iterator[tuple[Tensor, float]]:
+def straight_path(image: Tensor, baseline: Tensor, steps: int) -> Iterator[Point]:
     """Integrated gradients (Sundararajan et al. 2017): from `baseline` to `image`, Gauss-Legendre nodes.
 
     With `steps` nodes the quadrature is exact for polynomials up to degree `2 * steps - 1`.
     """
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        yield baseline + float(node) * (image - baseline), float(weight)
+        yield Point(baseline + float(node) * (image - baseline), float(weight), float(node))
 
 
-def noisy_copies(image: Tensor, samples: int, noise: float, seed: int) -> Iterator[tuple[Tensor, float]]:
+def noisy_copies(image: Tensor, samples: int, noise: float, seed: int) -> Iterator[Point]:
     """SmoothGrad (Smilkov et al. 2017): normal noise with sd `noise * (max - min)` of the image.
 
     The noise is `torch.randn` of the image's shape in float32 from a CPU generator with `seed`, drawn
@@ -44,4 +58,4 @@ def noisy_copies(image: Tensor, samples: int, noise: float, seed: int) -> Iterat
     sd = noise * (image.max() - image.min())
     for _ in range(samples):
         drawn = torch.randn(image.shape, generator=generator, dtype=torch.float32)
-        yield image + sd * drawn.to(image), 1 / samples
+        yield Point(image + sd * drawn.to(image), 1 / samples)

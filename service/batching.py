@@ -1,22 +1,25 @@
 """Many requests -> one device batch, each item with its own options. Knows neither HTTP nor torch.
 
 Why not `@bentoml.api(batchable=True)`: docs/service.md. The device works in one thread of its own; while it is busy
-items queue up, and whatever has queued (of one group, up to its capacity) is its next batch.
+items queue up, and whatever has queued (of one group, up to its capacity) is its next batch. A caller whose time is
+up, or who has left, is answered at once; what the device still does for it is for the device to end (`wanted`).
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from service import metrics
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Wanted = Callable[[], list[bool]]  # for each job of a batch, whether somebody still waits for it; from any thread
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,11 @@ class _Entry(Generic[Job, Result]):
     queued: float
     result: asyncio.Future[Result]
     taken: bool = False  # into a batch: the device has begun it, or is about to
+    left: threading.Event = field(default_factory=threading.Event)  # nobody waits; the device's thread asks
 
 
 class Batcher(Generic[Job, Result]):
-    """`run(jobs)` answers one result a job, in order, on `executor`.
+    """`run(jobs, wanted)` answers one result a job, in order, on `executor`; None where it gave up one not wanted.
 
     Jobs of one batch share `group(job)`, which returns (kind, ...): the kind labels the metrics. `capacity(job)`
     is how many of its group fit in one batch. A batch that raises, or answers too few or too many results, is run
@@ -49,7 +53,7 @@ class Batcher(Generic[Job, Result]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[Job]], Sequence[Result]],
+        run: Callable[[Sequence[Job], Wanted], Sequence[Result | None]],
         group: Callable[[Job], tuple[str, Hashable]],
         executor: Executor,
         *,
@@ -68,7 +72,8 @@ class Batcher(Generic[Job, Result]):
     async def submit(self, job: Job, deadline: float) -> Result:
         """The job's result. Raises QueueFullError at once, DeadlineError on time, or what `run` raised for this job.
 
-        Cancelling the caller withdraws the job; if the device has not begun it, it is never computed.
+        Cancelling the caller withdraws the job; if the device has not begun it, it is never computed, and if it has,
+        its `wanted` says so.
         """
         loop = asyncio.get_running_loop()
         if len(self._queue) >= self._max_queue:
@@ -91,10 +96,11 @@ class Batcher(Generic[Job, Result]):
             raise
 
     def _withdraw(self, entry: _Entry[Job, Result], reason: str) -> None:
-        """Take back what nobody waits for any more, unless the device has begun it: it would fill the queue.
+        """Take back what nobody waits for any more: it would fill the queue. Where the device has it, let it know.
 
         The reason is what ended the wait, not what the clock says: a timer may fire a rounding before its time.
         """
+        entry.left.set()
         if entry.taken:
             return
         metrics.dropped.labels(reason).inc()
@@ -155,7 +161,7 @@ class Batcher(Generic[Job, Result]):
         if not batch:
             return
         try:
-            results = await self._on_device(kind, [entry.job for entry in batch])
+            results = await self._on_device(kind, batch)
         except self._out_of_memory as error:
             log.warning("A batch of %d had no memory%s.", len(batch), "; halved" if may_halve else "")
             metrics.out_of_memory.labels(kind).inc()
@@ -174,13 +180,20 @@ class Batcher(Generic[Job, Result]):
                 await self._compute(kind, [entry], may_halve=may_halve)
         else:
             for entry, result in zip(batch, results, strict=True):
-                if not entry.result.done():
+                if result is None:
+                    metrics.dropped.labels("interrupted").inc()
+                elif not entry.result.done():
                     entry.result.set_result(result)
 
-    async def _on_device(self, kind: str, jobs: Sequence[Job]) -> Sequence[Result]:
-        def timed() -> Sequence[Result]:
+    async def _on_device(self, kind: str, batch: Sequence[_Entry[Job, Result]]) -> Sequence[Result | None]:
+        jobs = [entry.job for entry in batch]
+
+        def wanted() -> list[bool]:
+            return [not entry.left.is_set() for entry in batch]
+
+        def timed() -> Sequence[Result | None]:
             start = time.perf_counter()
-            results = self._run(jobs)
+            results = self._run(jobs, wanted)
             metrics.device_seconds.labels(kind).observe(time.perf_counter() - start)
             metrics.batch_images.labels(kind).observe(len(jobs))
             return results
@@ -188,6 +201,8 @@ class Batcher(Generic[Job, Result]):
         results = await asyncio.get_running_loop().run_in_executor(self._executor, timed)
         if len(results) != len(jobs):
             raise RuntimeError(f"The device answered {len(results)} results for {len(jobs)} items.")
+        if any(result is None and wants for result, wants in zip(results, wanted(), strict=True)):
+            raise RuntimeError("The device gave up an item that somebody waits for.")
         return results
 
 

@@ -5,18 +5,22 @@ All of it runs in threads of its own; torch is imported when the engine is made,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parchgrad.errors import AbandonedError
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from parchgrad.options import Options
+
+log = logging.getLogger(__name__)
 
 PREDICTED = -1  # target of a job that explains whatever class is predicted
 
@@ -82,7 +86,9 @@ class Engine:
             raise ModelError(f"Model folder '{name}/{version}' holds model '{self.model.name}', expected '{name}'.")
         table = settings.tables_dir / name / version
         self.table = parchgrad.load_table(table, self.model, mapped=settings.map_tables)
-        self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device)
+        self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device, backward=settings.backward)
+        if self.explainer.dense_because is not None:
+            log.info("Model %s/%s has the dense backward pass: %s", name, version, self.explainer.dense_because)
         self._max_batch, self._max_batch_pixels = settings.max_batch, settings.batch_pixels
 
     def self_test(self) -> None:
@@ -95,7 +101,7 @@ class Engine:
     def capacity(self, job: Job) -> int:
         """How many jobs like this one go into one call: bounded in images, and in input pixels times passes.
 
-        A call cannot be interrupted: what it takes is what everybody else waits.
+        A call may end early for its own callers, never for others: what it takes is what everybody else waits.
         """
         pixels = int(job.tensor.shape[-2] * job.tensor.shape[-1]) * job.passes
         return max(1, min(self._max_batch, self._max_batch_pixels // pixels))
@@ -110,10 +116,16 @@ class Engine:
         self.explainer.require_statistics([options])
         return options
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]:
-        """Results in the order of `jobs`, which share one group. Raises DeviceMemoryError."""
+    def run(self, jobs: Sequence[Job], wanted: Callable[[], list[bool]] | None = None) -> list[Result | None]:
+        """Results in the order of `jobs`, which share one group. Raises DeviceMemoryError.
+
+        `wanted`, asked between the passes of an explanation: for each job, whether somebody waits for it. One that is
+        not wanted is given up, and its result is None.
+        """
         try:
-            return self._run(jobs)
+            return self._run(jobs, wanted)
+        except AbandonedError:
+            return [None] * len(jobs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -122,8 +134,10 @@ class Engine:
         _release_cached_memory()
         raise DeviceMemoryError(message)
 
-    def _run(self, jobs: Sequence[Job]) -> list[Result]:
+    def _run(self, jobs: Sequence[Job], wanted: Callable[[], list[bool]] | None) -> list[Result | None]:
         import torch
+
+        from parchgrad.explainer import PIXELS_PER_PASS
 
         images = torch.stack([job.tensor for job in jobs])
         asked = [job.explained for job in jobs if job.explained is not None]
@@ -134,7 +148,14 @@ class Engine:
             return [Result(row, softmax) for row, softmax in both]
         each = [one.options for one in asked]
         columns: dict[str, Any] = {f.name: [getattr(options, f.name) for options in each] for f in fields(each[0])}
-        explanation = self.explainer.explain(images, [one.target for one in asked], uncovered="nan", **columns)
+        explanation = self.explainer.explain(
+            images,
+            [one.target for one in asked],
+            uncovered="nan",
+            wanted=wanted,
+            pixels_per_pass=min(self._max_batch_pixels, PIXELS_PER_PASS),
+            **columns,
+        )
         maps = {
             reduction: explanation.saliency(reduction).float().cpu().numpy()
             for reduction in {one.reduction for one in asked}
@@ -142,7 +163,7 @@ class Engine:
         rows = explanation.logits.float().cpu().numpy()
         probabilities = explanation.probabilities().float().cpu().numpy()
         targets, covered = explanation.targets.tolist(), explanation.covered.tolist()
-        identity = explanation.identity_layers.tolist()
+        identity, complete = explanation.identity_layers.tolist(), explanation.complete.tolist()
         return [
             Result(
                 logits=rows[i],
@@ -152,6 +173,8 @@ class Engine:
                 covered=covered[i],
                 identity_layers=identity[i],
             )
+            if complete[i]
+            else None
             for i in range(len(jobs))
         ]
 

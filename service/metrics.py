@@ -26,7 +26,9 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # BentoML's supervisor sets it fo
 requests = Counter("parchgrad_requests", "HTTP requests answered, by route template and status.", ["route", "status"])
 rejects = Counter("parchgrad_rejects", "Requests and images refused, by error code.", ["reason"])
 dropped = Counter(
-    "parchgrad_dropped", "Images dropped from the queue before the device saw them: cancelled or expired.", ["reason"]
+    "parchgrad_dropped",
+    "Images nobody waited for any more: cancelled or expired in the queue, interrupted between two of their passes.",
+    ["reason"],
 )
 request_seconds = Histogram(
     "parchgrad_request_seconds", "From the request's first byte to the last of the answer.", ["route"], buckets=SECONDS

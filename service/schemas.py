@@ -16,7 +16,7 @@ from service.errors import STATUS, ServiceError
 
 ENCODINGS = ("uint8", "float16", "float32", "list", "png", "none")
 MAX_TOP = 20
-MAX_PASSES = 100  # steps or samples of one image: a device call cannot be interrupted
+MAX_PASSES = 100  # steps or samples of one image: while it is waited for, the other maps wait
 MAX_TEXT = 1000  # characters of an option: options are held against the model on the event loop
 MAX_PARTS = 50  # patterns or classes in one
 DEFAULT_TOP_K = 5

@@ -50,6 +50,9 @@ class Settings:
     versions: str = _matching("latest", "latest|all", "latest or all", "which of a model's versions to serve")
     map_tables: bool = _switch(False, "map tables into memory instead of copying them: less memory, on files that stay")
     device: str = _matching("cpu", r"cpu|cuda(:[0-9]+)?", "cpu, cuda or cuda:N", "where the model runs")
+    backward: str = _matching(
+        "auto", "auto|pruned|dense", "auto, pruned or dense", "backward pass of maps; auto: pruned where it can be"
+    )
     threads: int = _within(0, 0, 1024, "torch threads of the device thread; 0 leaves torch's own choice")
     workers: int = _within(1, 1, 64, "worker processes, each with its own model and batcher")
     self_test: bool = _switch(True, "ready only after the golden image's map matched")

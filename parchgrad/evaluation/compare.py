@@ -72,7 +72,7 @@ def grad_cam(explainer: Explainer, layer: str) -> Maps:
     """captum's Grad-CAM at the output of module `layer`, interpolated to the image."""
     from captum.attr import LayerAttribution, LayerGradCam
 
-    from parchgrad.runtimes.pytorch import private_view
+    from parchgrad.runtimes.view import private_view
 
     module = private_view(network_of(explainer.model), explainer.device)
     try:

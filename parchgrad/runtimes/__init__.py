@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +45,28 @@ class Gradients:
     identity_layers: Tensor  # (B,) long: active layers whose gradient passed unchanged
 
 
+@dataclass(frozen=True)
+class Points:
+    """Points of several images, `N` of them, at which gradients are taken to be summed image by image."""
+
+    images: Tensor  # (N, 3, h, w): the points
+    rows: Sequence[int]  # which image each is of, rising
+    weights: Sequence[float]
+    fractions: Sequence[float | None]  # how far it is from its image's start to its end; None: not on that line
+    starts: Tensor  # (B, 3, h, w): of all images of the explanation
+    ends: Tensor  # (B, 3, h, w)
+    kept: dict[str, Any] = field(default_factory=dict)  # the runtime's own, from pass to pass of one explanation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: Sequence[int]) -> Points:
+        """These of the points, in rising order."""
+        rows, weights, fractions = ([column[i] for i in which] for column in (self.rows, self.weights, self.fractions))
+        images = self.images[torch.tensor(which, device=self.images.device)]
+        return Points(images, rows, weights, fractions, self.starts, self.ends, self.kept)  # type: ignore[arg-type]
+
+
 class Runtime(Protocol):
     """An engine bound to one model and one table. Thread safe."""
 
@@ -60,6 +83,14 @@ class Runtime(Protocol):
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits `(B, K)` of normalised images `(B, 3, h, w)`; nothing is kept for a gradient."""
+        ...
+
+    def sums(self, points: Points, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The gradients times their points' weights, summed over each image, of one pass.
+
+        Returns the sums `(R, 3, h, w)` of the R images that have points here, by rising row, and how many active layers
+        each point's gradient passed unchanged, `(N,)` long.
+        """
         ...
 
     def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:

@@ -1,292 +1,173 @@
-"""The PyTorch engine, CPU or CUDA: a private view of the model whose convolutions apply the rule.
-
-The caller's model is never touched. The engine deep-copies the module tree but not the weights, which stay
-shared; only this view is in eval mode, frozen and hooked. Each call keeps its state in its own `_Pass`, found
-by the hooks through a thread-local slot, so threads share one view without a lock.
-"""
+"""The PyTorch runtime, CPU or CUDA: the pruned engine where the network can be traced, else the dense one."""
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Callable, Iterator
-from types import CellType
+import logging
+from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from parchgrad.errors import UnsupportedModelError
-from parchgrad.rule import CONSERVE, Conserve, apply_factors, channel_factors
-from parchgrad.runtimes import Gradients, Plan
-from parchgrad.selection import best_ranked, by_instance
-from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
+from parchgrad.errors import OptionError, UnsupportedModelError
+from parchgrad.runtimes import Gradients, Plan, Points
+from parchgrad.runtimes.dense import DenseEngine
+from parchgrad.runtimes.pruned.engine import PrunedEngine, UnlikeModelError
+from parchgrad.runtimes.view import private_view
+from parchgrad.tables import SelectionTable
+
+_log = logging.getLogger(__name__)
+
+BACKWARDS = ("auto", "dense", "pruned")
 
 
 class PyTorchRuntime:
-    """`module` and `table` on `device` (default: where the module's weights are)."""
+    """`module` and `table` on `device` (default: where the module's weights are).
 
-    def __init__(self, module: nn.Module, table: SelectionTable, device: str | torch.device | None = None) -> None:
-        table.check_layers(module)
-        self._module = private_view(module, device)
-        weights = next(p for p in self._module.parameters() if p.is_floating_point())
-        self._device, self._dtype = weights.device, weights.dtype
-        self._table = table
-        self._layers = {name: _on_device(layer, self._device) for name, layer in table.layers.items()}
-        self._rank = table.rank.to(self._device)
-        self._current = threading.local()
-        for name in table.layers:
-            self._module.get_submodule(name).register_forward_hook(self._hook(name))
+    `backward` is `pruned` (raises UnsupportedModelError where the network cannot be traced, or turns out to be another
+    function than its trace), `dense`, or `auto`: pruned where it can. Images that the pruned engine does not take, for
+    their options or because they are not finite, go to the dense one either way, as do all under autocast.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        table: SelectionTable,
+        device: str | torch.device | None = None,
+        backward: str = "auto",
+    ) -> None:
+        if backward not in BACKWARDS:
+            raise OptionError("backward", backward, ", ".join(BACKWARDS))
+        self._dense = DenseEngine(module, table, device)
+        self._pruned: PrunedEngine | None = None
+        self._shares = True  # benchmarks/many_points.py turns it off
+        self.dense_because: str | None = None
+        self._asked = backward
+        if backward == "dense":
+            self.dense_because = "backward='dense' was asked for"
+            return
+        try:
+            with torch.inference_mode(False):  # a caller may be inside one; the engine's weights must be none of its
+                self._pruned = PrunedEngine(private_view(module, device), table)
+        except UnsupportedModelError as error:
+            if backward == "pruned":
+                raise
+            self.dense_because = str(error)
+
+    @property
+    def backward(self) -> str:
+        return "dense" if self._pruned is None else "pruned"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        return self._table.layer_names
+        return self._dense.layer_names
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        return self._dense.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        return self._dense.dtype
 
     def predict(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._checked(self._module(images.detach().to(self._device).clone()), images)
+        images = images.detach().to(self.device)
+        pruned = self._pruned
+        if pruned is not None and pruned.takes_images(images):
+            try:
+                return pruned.predict(images)
+            except UnlikeModelError as error:
+                self._give_up(error)
+        return self._dense.predict(images)
+
+    def sums(self, points: Points, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        pruned = self._pruned
+        if self._shares and pruned is not None and pruned.shares(points):
+            taken = pruned.takes(plan)
+            try:
+                if bool(taken.all()):
+                    return pruned.sums(points, targets, plan)
+                if bool(taken.any()):
+                    return self._mixed_sums(pruned, taken, points, targets, plan)
+            except UnlikeModelError as error:
+                self._give_up(error)
+        return _summed(points, self._gradients(points.images, targets, plan))
+
+    def _mixed_sums(
+        self, pruned: PrunedEngine, taken: Tensor, points: Points, targets: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """The engine takes an image's options or not: all its points, or none."""
+        present = sorted(set(points.rows))
+        sums = points.images.new_zeros((len(present), *points.images.shape[1:]))
+        unchanged = torch.zeros(len(points), dtype=torch.long, device=self.device)
+        for ours in (True, False):
+            where = (taken == ours).nonzero()[:, 0]
+            some, of_some, mine = points.take(where.tolist()), targets[where.to(targets.device)], plan.take(where)
+            found, counts = (
+                pruned.sums(some, of_some, mine)
+                if ours
+                else _summed(some, self._dense.gradients(some.images, of_some, mine))
+            )
+            sums[[present.index(row) for row in sorted(set(some.rows))]] = found
+            unchanged[where.to(self.device)] = counts
+        return sums, unchanged
 
     def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
-        # A caller may be inside no_grad or inference_mode; autograd is ours here.
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = images.detach().to(self._device)
-            leaf = (leaf.clone() if leaf.is_inference() else leaf).requires_grad_()
-            run = _Pass(self._table, self._layers, self._rank, plan, self._device)
-            self._current.run = run
+        return self._gradients(images, targets, plan)
+
+    def _gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
+        images = images.detach().to(self.device)
+        pruned = self._pruned
+        if pruned is not None and pruned.takes_images(images):
             try:
-                # A copy goes in: a network that works in place on its input must not meet a leaf.
-                logits = self._checked(self._module(leaf.clone()), images)
-            finally:
-                self._current.run = None
-            run.require_all_layers_seen()
-            targets = targets.to(self._device)
-            targets = torch.where(targets < 0, logits.detach().argmax(dim=1), targets)
-            run.targets = targets
-            if bool(plan.guided.any()):
-                _guide(logits, plan.guided.to(self._device))
-            score = seed_score(logits, targets, plan.probability_weighted.to(self._device))
-            (gradients,) = torch.autograd.grad(score.sum(), leaf)
-        return Gradients(logits.detach(), targets, gradients, run.identity_layers())
+                return self._shared(pruned, images, targets, plan)
+            except UnlikeModelError as error:
+                self._give_up(error)
+        return self._dense.gradients(images, targets, plan)
 
-    def _checked(self, logits: object, images: Tensor) -> Tensor:
-        expected = (len(images), len(self._table.labels))
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if not isinstance(logits, Tensor) or found != expected:
-            raise UnsupportedModelError(
-                f"The model returned {found}; with the {expected[1]} classes of table '{self._table.name}' "
-                f"expected logits of shape {expected}."
-            )
-        return logits
-
-    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            run: _Pass | None = getattr(self._current, "run", None)
-            if run is not None:
-                run.attach(name, output)
-
-        return hook
-
-
-class _Pass:
-    """The state of one forward and backward pass: which channels each image selects in each layer."""
-
-    def __init__(
-        self, table: SelectionTable, layers: dict[str, LayerTable], rank: Tensor, plan: Plan, device: torch.device
-    ) -> None:
-        self._table, self._layers, self._rank, self._device = table, layers, rank, device
-        self._plan = plan
-        self._on_device = {
-            "gamma": plan.gamma.to(device),
-            "log_alpha": plan.log_alpha.to(device),
-            "instance": plan.instance.to(device),
-            "normality_filter": plan.normality_filter.to(device),
-            "active": plan.active.to(device),
-            "count": plan.count.to(device),
-        }
-        self._conserve = Conserve.of([CONSERVE[i] for i in plan.conserve.tolist()], len(plan), device)
-        self._index = {name: i for i, name in enumerate(layers)}
-        self._active_layers = {n for n, used in zip(layers, plan.active.any(dim=0).tolist(), strict=True) if used}
-        self._any_instance = bool(plan.instance.any())
-        self._any_alpha = not bool(plan.log_alpha.isnan().all())
-        self._any_filter = bool(plan.normality_filter.any())
-        self._seen: set[str] = set()
-        self._identity: dict[str, Tensor] = {}
-        self._rows: Tensor | None = None
-        self._by_quantile: list[Tensor] | None = None
-        self.targets: Tensor | None = None  # set between forward and backward
-
-    def attach(self, name: str, output: Tensor) -> None:
-        """Called as layer `name` returns: have its output's gradient scaled on the way back."""
-        if name not in self._active_layers or not output.requires_grad:
+    def _give_up(self, error: UnlikeModelError) -> None:
+        """These images are the dense engine's, and all that follow where the program is another function."""
+        if not error.always:
             return
-        self._seen.add(name)
-        # Before an in-place activation overwrites the output.
-        gap = gap_features(output.detach()) if self._any_instance else None
-        output.register_hook(lambda grad: self._scale(name, grad, gap))  # type: ignore[no-untyped-call]
+        if self._asked == "pruned":
+            raise error
+        self._pruned, self.dense_because = None, str(error)
+        _log.warning("The dense backward pass from here on: %s", error)
 
-    def require_all_layers_seen(self) -> None:
-        missing = [name for name in self._layers if name in self._active_layers - self._seen]
-        if missing:
-            raise UnsupportedModelError(
-                f"Layer '{missing[0]}' of table '{self._table.name}' took no part in the model's forward pass"
-                + (f", nor did {len(missing) - 1} more." if len(missing) > 1 else ".")
-            )
+    def _shared(self, pruned: PrunedEngine, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
+        """Each image by the engine that takes its options."""
+        taken = pruned.takes(plan)
+        if bool(taken.all()):
+            return self._by_pruned(images, targets, plan, pruned)
+        if not bool(taken.any()):
+            return self._dense.gradients(images, targets, plan)
+        parts = []
+        by_pruned = partial(self._by_pruned, pruned=pruned)
+        for gradients, which in ((by_pruned, taken), (self._dense.gradients, ~taken)):
+            rows = which.nonzero()[:, 0]
+            here = images[rows.to(self.device)]
+            parts.append((rows, gradients(here, targets[rows.to(targets.device)], plan.take(rows))))
+        order = torch.cat([rows for rows, _ in parts]).argsort().to(self.device)
+        columns = zip(*((g.logits, g.targets, g.gradients, g.identity_layers) for _, g in parts), strict=True)
+        return Gradients(*(torch.cat(column)[order] for column in columns))
 
-    def identity_layers(self) -> Tensor:
-        """`(B,)`: active layers whose gradient passed unchanged, in every call of a layer called twice."""
-        total = torch.zeros(len(self._plan), dtype=torch.long, device=self._device)
-        for name in self._active_layers:
-            active = self._on_device["active"][:, self._index[name]]
-            total += active & self._identity[name] if name in self._identity else active
-        return total
-
-    def _scale(self, name: str, grad: Tensor, gap: Tensor | None) -> Tensor:
-        selected = self._select(name, gap)
-        factors = channel_factors(grad, selected, self._on_device["gamma"], self._conserve)
-        self._identity[name] = self._identity.get(name, factors.identity) & factors.identity
-        return apply_factors(grad, selected, factors)
-
-    def _select(self, name: str, gap: Tensor | None) -> Tensor:
-        layer, i, on = self._layers[name], self._index[name], self._on_device
-        count, log_alpha = on["count"][:, i], on["log_alpha"]
-        selected = self._selected_by_quantile()[i]
-        if self._any_alpha:
-            rows = self._target_rows()
-            by_alpha = layer.log_p[rows.clamp(min=0)] <= log_alpha[:, None]
-            asked = on["active"][:, i] & (rows >= 0)
-            selected = torch.where(torch.isnan(log_alpha)[:, None], selected, by_alpha & asked[:, None])
-        if gap is not None:
-            instance = by_instance(gap, layer.mean, layer.std, count, log_alpha) & on["active"][:, i, None]
-            selected = torch.where(on["instance"][:, None], instance, selected)
-        if self._any_filter and layer.normality_p is not None:
-            selected = selected & ((layer.normality_p < NORMALITY_LEVEL) | ~on["normality_filter"][:, None])
-        return selected
-
-    def _selected_by_quantile(self) -> list[Tensor]:
-        """The mask `(B, C)` of each layer. Where the rule does not act no channel is selected: an empty side
-        passes unchanged."""
-        if self._by_quantile is None:
-            rows = self._target_rows()
-            count = self._on_device["count"] * (self._on_device["active"] & (rows >= 0)[:, None])
-            widths = [layer.channels for layer in self._layers.values()]
-            self._by_quantile = best_ranked(self._rank, rows.clamp(min=0), count, widths)
-        return self._by_quantile
-
-    def _target_rows(self) -> Tensor:
-        if self._rows is None:
-            assert self.targets is not None
-            self._rows = self._table.row_of_class.to(self._device)[self.targets]
-        return self._rows
+    def _by_pruned(self, images: Tensor, targets: Tensor, plan: Plan, pruned: PrunedEngine) -> Gradients:
+        if not pruned.together:
+            return pruned.gradients(images, targets, plan)
+        found, left = pruned.batch_gradients(images, targets, plan)
+        if not left:
+            return found
+        rows = torch.tensor(left)
+        places = rows.to(self.device)
+        again = self._dense.gradients(images[places], found.targets[places], plan.take(rows))
+        both = [(getattr(found, f.name), getattr(again, f.name)) for f in fields(Gradients)]
+        return Gradients(*(ours.index_copy(0, places, dense.to(ours.dtype)) for ours, dense in both))
 
 
-def private_view(module: nn.Module, device: str | torch.device | None = None) -> nn.Module:
-    """A copy of the module tree over the same weights: eval mode, frozen, free to be hooked.
-
-    Parameters and buffers alias the originals' storage (until moved to another device), so no memory is
-    spent and in-place updates of the original show here; flags and `.grad` are the view's own. Forward hooks
-    are part of what a model computes and come along as they are now; backward hooks would alter the
-    explanation and do not. Raises UnsupportedModelError where a copy would not be the model: a module that
-    cannot be copied, or reaches another through a function's closure, which goes on meaning the original.
-    """
-    tensors: dict[int, object] = {id(b): b.detach() for b in module.buffers()}
-    tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    try:
-        view = copy.deepcopy(module, tensors)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"The model's modules cannot be copied: {type(error).__name__}: {error}."
-        ) from error
-    for name, part in view.named_modules():
-        part._backward_hooks.clear()
-        part._backward_pre_hooks.clear()
-        for attribute, value in vars(part).items():
-            if _closes_over_a_module(value):
-                raise UnsupportedModelError(
-                    f"Attribute '{attribute}' of module '{name}' is a function with another module in its closure."
-                )
-    view.eval().requires_grad_(False)
-    return view if device is None else view.to(device)
-
-
-def _closes_over_a_module(value: object) -> bool:
-    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
-    return any(isinstance(getattr(held, "__self__", held), nn.Module) for held in cells)
-
-
-def gap_features(output: Tensor) -> Tensor:
-    """GAP features of a convolution's own output `(B, C, *spatial)`: mean of ReLU, `(B, C)`."""
-    return torch.relu(output).flatten(2).mean(dim=2)
-
-
-def seed_score(logits: Tensor, targets: Tensor, probability_weighted: Tensor) -> Tensor:
-    """What is differentiated for each image, `(B,)`: its target's logit, or probability times logit."""
-    logit = logits.gather(1, targets[:, None])[:, 0]
-    if not bool(probability_weighted.any()):
-        return logit
-    probability = logits.softmax(dim=1).gather(1, targets[:, None])[:, 0]
-    return torch.where(probability_weighted, probability * logit, logit)
-
-
-# Autograd nodes of ReLU in all its spellings (modules, functional, in place), and the node's attribute
-# that must be 0 for the operation to be one; ReLU6 is a Hardtanh from 0.
-_RELU_NODES = {
-    "ReluBackward": None,
-    "ThresholdBackward": "_saved_threshold",
-    "HardtanhBackward": "_saved_min_val",
-    "ClampMinBackward": "_saved_min",
-    "ClampBackward": "_saved_min",
-}
-
-
-def _is_relu(node: torch.autograd.graph.Node) -> bool:
-    bound = _RELU_NODES.get(node.name().rstrip("0123456789"), "")
-    return bound is None or (bound != "" and getattr(node, bound) == 0)
-
-
-def _guide(logits: Tensor, guided: Tensor) -> None:
-    """Guided backpropagation: let only positive gradient into each ReLU, for the `guided` images.
-
-    Done on the graph of this very pass, so that functional, reused and in-place ReLUs are all met.
-    """
-
-    def positive_only(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        grad = gradients[0]
-        rows = guided.reshape(-1, *(1,) * (grad.dim() - 1))
-        return (torch.where(rows, grad.clamp(min=0), grad), *gradients[1:])
-
-    found = False
-    for node in _graph(logits):
-        if "CopySlices" in node.name():
-            raise UnsupportedModelError(
-                "guided_backprop cannot see which operation the model writes in place into a slice of a tensor."
-            )
-        if _is_relu(node):
-            node.register_prehook(positive_only)
-            found = True
-    if not found:
-        raise UnsupportedModelError("guided_backprop needs a model with ReLU; this one has none.")
-
-
-def _graph(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    seen: set[torch.autograd.graph.Node] = set()
-    waiting = [logits.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend(following for following, _ in node.next_functions)
-
-
-def _on_device(layer: LayerTable, device: torch.device) -> LayerTable:
-    tested = None if layer.normality_p is None else layer.normality_p.to(device)
-    return LayerTable(
-        layer.log_p.to(device), layer.rank.to(device), layer.mean.to(device), layer.std.to(device), tested
-    )
+def _summed(points: Points, found: Gradients) -> tuple[Tensor, Tensor]:
+    places = torch.unique(torch.tensor(points.rows), return_inverse=True)[1]
+    gradients = found.gradients
+    weights = torch.tensor(points.weights, dtype=gradients.dtype, device=gradients.device)
+    sums = gradients.new_zeros((int(places[-1]) + 1, *gradients.shape[1:]))
+    sums.index_add_(0, places.to(sums.device), gradients * weights[:, None, None, None])
+    return sums, found.identity_layers

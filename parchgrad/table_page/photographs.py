@@ -23,7 +23,7 @@ from parchgrad.features import GapNetwork
 from parchgrad.layers import convolutions
 from parchgrad.models import Model
 from parchgrad.preprocessing import Placement, Preprocessing, decode_image
-from parchgrad.runtimes.pytorch import gap_features, private_view
+from parchgrad.runtimes.view import gap_features, private_view
 from parchgrad.sources import Source
 
 # A crop is never narrower than this share of the network's input, or nobody could tell what it shows.

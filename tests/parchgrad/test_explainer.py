@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parchgrad.errors import (
+    AbandonedError,
     OptionError,
     ParchGradError,
     TableError,
@@ -20,7 +22,7 @@ from parchgrad.errors import (
     UnknownTargetError,
     UnsupportedModelError,
 )
-from parchgrad.explainer import Explainer
+from parchgrad.explainer import PIXELS_PER_PASS, Explainer
 from parchgrad.tables import SelectionTable
 from tests.oracles import maps
 from tests.oracles.maps import Options
@@ -439,7 +441,8 @@ def test_predict_is_the_models_own_answer():
     with torch.no_grad():
         expected = model(batch(3))
     explainer = Explainer(model, table_for(model))
-    assert torch.equal(explainer.predict(batch(3)), expected)
+    assert_close(explainer.predict(batch(3)), expected, 1e-12)
+    assert torch.equal(Explainer(model, table_for(model), backward="dense").predict(batch(3)), expected)
     explanation = explainer.explain(batch(3), 1)
     assert_close(explanation.logits, expected, 1e-12)
     assert_close(explanation.probabilities(), expected.softmax(1), 1e-12)
@@ -529,14 +532,189 @@ def test_smoothgrad_noise_is_the_images_own():
     assert_each_close(none, explainer.explain(images, 1).attributions, 1e-10)
 
 
-def test_more_points_than_one_pass_holds():
-    """37 samples x 2 images and 40 steps do not fit one chunk."""
+def passes_of(explainer, monkeypatch):
+    """A list that grows with each pass of the points: the images `(n, 3, h, w)` that went through together."""
+    passes, gradients, sums = [], explainer._runtime.gradients, explainer._runtime.sums
+
+    def counted(images, targets, plan):
+        passes.append(tuple(images.shape))
+        return gradients(images, targets, plan)
+
+    def counted_points(points, targets, plan):
+        passes.append(tuple(points.images.shape))
+        return sums(points, targets, plan)
+
+    monkeypatch.setattr(explainer._runtime, "gradients", counted)
+    monkeypatch.setattr(explainer._runtime, "sums", counted_points)
+    return passes
+
+
+LONG = [
+    Options(target=1, method="smoothgrad", samples=37, noise=0.2, quantile=0.3),
+    Options(target=2, method="integrated_gradients", steps=40, gamma=2.0),
+    Options(target=0, method="integrated_gradients", steps=5, rule=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("points", "sizes"),
+    [(1, [1] * 82), (16, [16] * 5 + [2]), (81, [81, 1]), (1000, [82])],
+    ids=["one by one", "across images", "one more", "all"],
+)
+def test_points_of_several_images_go_through_the_network_together(points, sizes, monkeypatch):
+    """Whatever goes together, the maps are the oracle's; and what goes together is bounded and full."""
     model = build()
+    explainer, images = Explainer(model, table_for(model)), batch(3, size=8)
+    passes = passes_of(explainer, monkeypatch)
+    columns = {name: [options_of(o)[name] for o in LONG] for name in options_of(LONG[0])}
+    found = explainer.explain(images, [o.target for o in LONG], **columns, pixels_per_pass=points * 64 + 63)
+    expected, _ = maps.explain_batch(model, table_for(model), images, LONG)
+    assert_each_close(found.attributions, expected)
+    assert [shape[0] for shape in passes] == sizes
+    assert found.complete.tolist() == [True] * 3
+
+
+@pytest.mark.parametrize(("side", "points"), [(56, 256), (224, 16), (448, 4), (900, 1), (1200, 1)])
+def test_a_pass_is_bounded_in_pixels_and_takes_one_point_at_least(side, points, monkeypatch):
+    model = build()
+    explainer = Explainer(model, table_for(model))
+    passes = []
+
+    def nothing(points, targets, plan):
+        passes.append(len(points))
+        return torch.zeros_like(points.images[:1]), torch.zeros(len(points), dtype=torch.long)
+
+    monkeypatch.setattr(explainer._runtime, "sums", nothing)
+    monkeypatch.setattr(explainer._runtime, "predict", lambda images: torch.zeros(len(images), 5))
+    explainer.explain(batch(1, size=side), 1, method="integrated_gradients", steps=points + 1)
+    assert passes == ([points, 1] if points > 1 else [1, 1])
+    assert points * side**2 <= PIXELS_PER_PASS or points == 1
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "smoothgrad"])
+def test_memory_does_not_grow_with_the_number_of_points(method, monkeypatch):
+    """The most values in live tensors, weighed as each pass begins, are as many for 40 points as for 12."""
+    model = build()
+    explainer, images = Explainer(model, table_for(model)), batch(2, size=8)
+    sums = explainer._runtime.sums
+
+    def most(count):
+        weights = []
+
+        def weighed(points, targets, plan):
+            gc.collect()
+            weights.append(sum(held.numel() for held in gc.get_objects() if issubclass(type(held), torch.Tensor)))
+            return sums(points, targets, plan)
+
+        monkeypatch.setattr(explainer._runtime, "sums", weighed)
+        explainer.explain(images, 1, method=method, steps=count, samples=count, pixels_per_pass=4 * 64)
+        assert len(weights) == count / 2
+        return max(weights)
+
+    few = most(12)
+    assert most(40) == few
+
+
+def test_an_explanation_nobody_wants_ends_at_the_next_pass(monkeypatch):
+    model = build()
+    explainer, images = Explainer(model, table_for(model)), batch(2, size=8)
+    for allowed in (0, 1, 7):
+        with monkeypatch.context() as patched:
+            passes = passes_of(explainer, patched)
+            with pytest.raises(AbandonedError, match="None of the 2 images is wanted any more"):
+                explainer.explain(
+                    images,
+                    1,
+                    method="smoothgrad",
+                    samples=40,
+                    pixels_per_pass=4 * 64,
+                    wanted=lambda: [len(passes) < allowed] * 2,  # noqa: B023 - asked within this turn
+                )
+            assert len(passes) == allowed
+    with monkeypatch.context() as patched:
+        passes = passes_of(explainer, patched)
+        with pytest.raises(AbandonedError):
+            explainer.explain(images, 1, wanted=lambda: [False, False])
+        assert passes == []
+
+
+def test_an_image_nobody_wants_costs_no_more_passes_and_its_mates_get_what_they_get_alone(monkeypatch):
+    """Image 1 is given up after three passes; a later yes is too late; the others equal the oracle."""
+    model = build()
+    table = table_for(model)
+    explainer, images = Explainer(model, table), batch(4, size=8)
     options = [
-        Options(target=1, method="smoothgrad", samples=37),
-        Options(target=2, method="integrated_gradients", steps=40),
+        Options(target=3, quantile=0.3),
+        Options(target=1, method="smoothgrad", samples=37, noise=0.2, quantile=0.3),
+        Options(target=2, method="integrated_gradients", steps=9, gamma=2.0),
+        Options(target=0, method="integrated_gradients", steps=5, rule=False),
     ]
-    assert_equals_oracle(model, table_for(model), batch(2, size=8), options)
+    passes = passes_of(explainer, monkeypatch)
+
+    def wanted():
+        return [True, len(passes) != 4, True, True]  # one pass of the gradient, three of the points
+
+    columns = {name: [options_of(o)[name] for o in options] for name in options_of(options[0])}
+    found = explainer.explain(images, [o.target for o in options], **columns, pixels_per_pass=4 * 64, wanted=wanted)
+    assert [shape[0] for shape in passes] == [1, 4, 4, 4, 4, 4, 4, 2]  # 14 points after 12 of the 37
+    assert found.complete.tolist() == [True, False, True, True]
+    assert bool(found.attributions[1].isnan().all())
+    expected, answers = maps.explain_batch(model, table, images, options)
+    others = [0, 2, 3]
+    assert_each_close(found.attributions[others], [expected[i] for i in others])
+    assert_each_close(found.logits, [answer.logits for answer in answers])
+    assert found.identity_layers[others].tolist() == [answers[i].identity_layers for i in others]
+    alone = explain_with(explainer, images[3:], options[3:])
+    assert_close(found.completeness_gap[3], alone.completeness_gap[0], 1e-6)
+
+
+def test_what_is_done_stays_done_when_its_mates_are_given_up(monkeypatch):
+    """The first image has its points before it is not wanted any more, the second never gets them."""
+    model = build()
+    explainer, images = Explainer(model, table_for(model)), batch(3, size=8)
+    passes = passes_of(explainer, monkeypatch)
+    found = explainer.explain(
+        images,
+        1,
+        method=["integrated_gradients", "integrated_gradients", "gradient"],
+        rule=False,
+        steps=4,
+        pixels_per_pass=4 * 64,
+        wanted=lambda: [len(passes) < 2, len(passes) < 2, True],
+    )
+    assert [shape[0] for shape in passes] == [1, 4]
+    assert found.complete.tolist() == [True, False, True]
+    assert found.completeness_gap.isnan().tolist() == [False, True, True]
+    monkeypatch.undo()
+    plain = explainer.explain(images, 1, method=[o.method for o in found.options], rule=False, steps=4)
+    assert_each_close(found.attributions[[0, 2]], plain.attributions[[0, 2]])
+
+
+def test_being_asked_changes_nothing(monkeypatch):
+    model, options = build(), mixed()
+    explainer, images = Explainer(model, table_for(model)), batch(len(mixed()))
+    columns = {name: [options_of(o)[name] for o in options] for name in options_of(options[0])}
+    targets = [o.target for o in options]
+    one = explainer.explain(images, targets, **columns)
+    other = explainer.explain(images, targets, **columns, wanted=lambda: [True] * len(options))
+    for name in ("logits", "attributions", "identity_layers", "covered", "complete"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert bool(one.complete.all())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"wanted": lambda: [True]}, "'wanted' is .*one bool for each of the 2 images"),
+        ({"wanted": lambda: [True] * 3}, "'wanted'"),
+        ({"pixels_per_pass": 0}, "'pixels_per_pass' is 0; allowed: an integer of at least 1"),
+    ],
+    ids=["too few", "too many", "no pixels"],
+)
+def test_a_wrong_number_of_wishes_or_pixels_is_refused(given, message):
+    model = build()
+    with pytest.raises(OptionError, match=message):
+        Explainer(model, table_for(model)).explain(batch(2), 1, **given)
 
 
 @pytest.mark.parametrize("network", KINKED, ids=by_name)

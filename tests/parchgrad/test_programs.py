@@ -84,7 +84,7 @@ def assert_same_explanation(network, program, size):
     assert_close(found.logits, expected.logits, 1e-6)
     for one, other in zip(found.attributions, expected.attributions, strict=True):
         assert float(other.abs().max()) > 0
-        assert_close(one, other, 1e-6)
+        assert_close(one, other, 2e-4)  # float32, in another order of sums, through layers where the signal dies away
     assert found.layers_used.tolist() == expected.layers_used.tolist()
     assert found.identity_layers.tolist() == expected.identity_layers.tolist()
 

@@ -69,10 +69,10 @@ def answer(job: Job) -> Result:
 class Bench:
     """A pipeline in this process on one event loop, its device replaced."""
 
-    def __init__(self, home: Home, device: Device) -> None:
+    def __init__(self, home: Home, device: Device, **options: Any) -> None:
         self.device = device
         self.runner = asyncio.Runner()
-        chosen = {**home.settings, "max_batch": BATCH, "timeout_ms": 60_000, "self_test": False}
+        chosen = {**home.settings, "max_batch": BATCH, "timeout_ms": 60_000, "self_test": False, **options}
         self.pipeline = self.runner.run(self._made(Settings(**chosen)))  # type: ignore[arg-type]
 
     async def _made(self, chosen: Settings) -> Pipeline:
@@ -111,7 +111,7 @@ def bench(home: Home) -> Iterator[Bench]:
     tensor = home.explainer().model.preprocessing.apply(picture(999))[0]
     device = Device(digest(Job(tensor)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_run", lambda engine, jobs: device.run(jobs))
+        patch.setattr(Engine, "_run", lambda engine, jobs, wanted: device.run(jobs))
         made = Bench(home, device)
         yield made
         made.close()

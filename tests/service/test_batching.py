@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service import metrics
-from service.batching import Batcher, DeadlineError, QueueFullError
+from service.batching import Batcher, DeadlineError, QueueFullError, Wanted
 
 FOREVER = 1e9
 
@@ -26,7 +26,7 @@ class Device:
     wrong_length: bool = False
     memory: int = 100  # the largest batch it has memory for
 
-    def run(self, jobs: Sequence[int]) -> list[int]:
+    def run(self, jobs: Sequence[int], wanted: Wanted) -> list[int]:
         self.batches.append(list(jobs))
         self.gate.wait()
         if len(jobs) > self.memory:
@@ -326,6 +326,79 @@ def test_closing_cancels_what_waits(executor: ThreadPoolExecutor, device: Device
         await queue.close()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+    run(scenario)
+
+
+class Walker:
+    """Doubles integers in ten passes, between which it asks who still waits; held in the third one while `gate` is
+    closed. `gives_up`: a job it leaves off although somebody waits."""
+
+    def __init__(self, gives_up: int | None = None) -> None:
+        self.gate, self.held = threading.Event(), threading.Event()
+        self.passes: list[list[int]] = []
+        self._gives_up = gives_up
+
+    def run(self, jobs: Sequence[int], wanted: Wanted) -> list[int | None]:
+        still = list(jobs)
+        for number in range(10):
+            still = [job for job, is_wanted in zip(jobs, wanted(), strict=True) if is_wanted]
+            if not still:
+                break
+            self.passes.append(still)
+            if number == 2:
+                self.held.set()
+                self.gate.wait()
+        return [2 * job if job in still and job != self._gives_up else None for job in jobs]
+
+
+@pytest.mark.parametrize("end", ["cancel", "expire"])
+@pytest.mark.parametrize("mates", [[], [2], [2, 3]], ids=["alone", "one mate", "two mates"])
+def test_the_device_is_told_who_left_and_the_others_get_their_own(
+    executor: ThreadPoolExecutor, end: str, mates: list[int]
+) -> None:
+    device = Walker()
+
+    async def scenario() -> None:
+        queue: Batcher[int, int] = Batcher(
+            device.run, lambda job: ("kind", 0), executor, capacity=lambda job: 4, max_queue=100
+        )
+        soon = asyncio.get_running_loop().time() + 0.1
+        left = asyncio.ensure_future(queue.submit(1, soon if end == "expire" else FOREVER))
+        others = [asyncio.ensure_future(queue.submit(job, FOREVER)) for job in mates]
+        while not device.held.is_set():
+            await asyncio.sleep(0.001)
+        if end == "cancel":
+            left.cancel()
+        with pytest.raises(DeadlineError if end == "expire" else asyncio.CancelledError):  # while the device works
+            await left
+        device.gate.set()
+        assert await asyncio.gather(*others) == [2 * job for job in mates]
+        assert await queue.submit(7, FOREVER) == 14
+        await queue.close()
+
+    before = {reason: dropped(reason) for reason in ("expired", "cancelled", "interrupted")}
+    try:
+        run(scenario)
+    finally:
+        device.gate.set()
+    assert device.passes == [[1, *mates]] * 3 + [mates] * (7 if mates else 0) + [[7]] * 10
+    counts = {reason: dropped(reason) - count for reason, count in before.items()}
+    assert counts == {"expired": 0, "cancelled": 0, "interrupted": 1}
+
+
+def test_giving_up_what_somebody_waits_for_is_an_error_of_its_own(executor: ThreadPoolExecutor) -> None:
+    async def scenario() -> None:
+        device = Walker(gives_up=2)
+        device.gate.set()
+        queue: Batcher[int, int] = Batcher(
+            device.run, lambda job: ("kind", 0), executor, capacity=lambda job: 4, max_queue=100
+        )
+        soon = asyncio.get_running_loop().time() + 10
+        results = await asyncio.gather(*(queue.submit(i, soon) for i in (1, 2, 3)), return_exceptions=True)
+        assert [results[0], results[2]] == [2, 6]
+        assert "gave up an item that somebody waits for" in str(results[1])
+        await queue.close()
 
     run(scenario)
 

@@ -367,7 +367,7 @@ def test_option_names_are_distinct() -> None:
 
 
 def test_a_call_that_takes_many_passes_takes_fewer_images(home) -> None:
-    """One device call cannot be interrupted, so its bound counts passes, not images alone."""
+    """One device call does not end for another, so its bound counts passes, not images alone."""
     import torch
 
     from service.engine import Engine, Explained, Job

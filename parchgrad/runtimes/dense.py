@@ -1,0 +1,264 @@
+"""The dense engine, CPU or CUDA: autograd over a private view of the model, whose hooks apply the rule.
+
+It takes every model and option, and is what the pruned engine is measured and tested against. The caller's model is
+never touched: only the view is in eval mode, frozen and hooked. Each call keeps its state in its own `_Pass`, found
+by the hooks through a thread-local slot, so threads share one view without a lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from parchgrad.errors import UnsupportedModelError
+from parchgrad.rule import CONSERVE, Conserve, apply_factors, channel_factors
+from parchgrad.runtimes import Gradients, Plan
+from parchgrad.runtimes.view import gap_features, private_view
+from parchgrad.selection import best_ranked, by_instance
+from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
+
+
+class DenseEngine:
+    """`module` and `table` on `device` (default: where the module's weights are)."""
+
+    def __init__(self, module: nn.Module, table: SelectionTable, device: str | torch.device | None = None) -> None:
+        table.check_layers(module)
+        self._module = private_view(module, device)
+        weights = next(p for p in self._module.parameters() if p.is_floating_point())
+        self._device, self._dtype = weights.device, weights.dtype
+        self._table = table
+        self._layers = {name: _on_device(layer, self._device) for name, layer in table.layers.items()}
+        self._rank = table.rank.to(self._device)
+        self._current = threading.local()
+        for name in table.layers:
+            self._module.get_submodule(name).register_forward_hook(self._hook(name))
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return self._table.layer_names
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def predict(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return checked_logits(self._module(images.detach().to(self._device).clone()), images, self._table)
+
+    def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
+        # A caller may be inside no_grad or inference_mode; autograd is ours here.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = images.detach().to(self._device)
+            leaf = (leaf.clone() if leaf.is_inference() else leaf).requires_grad_()
+            run = _Pass(self._table, self._layers, self._rank, plan, self._device)
+            self._current.run = run
+            try:
+                # A copy goes in: a network that works in place on its input must not meet a leaf.
+                logits = checked_logits(self._module(leaf.clone()), images, self._table)
+            finally:
+                self._current.run = None
+            run.require_all_layers_seen()
+            targets = targets.to(self._device)
+            targets = torch.where(targets < 0, logits.detach().argmax(dim=1), targets)
+            run.targets = targets
+            if bool(plan.guided.any()):
+                _guide(logits, plan.guided.to(self._device))
+            score = seed_score(logits, targets, plan.probability_weighted.to(self._device))
+            (gradients,) = torch.autograd.grad(score.sum(), leaf)
+        return Gradients(logits.detach(), targets, gradients, run.identity_layers())
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            run: _Pass | None = getattr(self._current, "run", None)
+            if run is not None:
+                run.attach(name, output)
+
+        return hook
+
+
+class _Pass:
+    """The state of one forward and backward pass: which channels each image selects in each layer."""
+
+    def __init__(
+        self, table: SelectionTable, layers: dict[str, LayerTable], rank: Tensor, plan: Plan, device: torch.device
+    ) -> None:
+        self._table, self._layers, self._rank, self._device = table, layers, rank, device
+        self._plan = plan
+        self._on_device = {
+            "gamma": plan.gamma.to(device),
+            "log_alpha": plan.log_alpha.to(device),
+            "instance": plan.instance.to(device),
+            "normality_filter": plan.normality_filter.to(device),
+            "active": plan.active.to(device),
+            "count": plan.count.to(device),
+        }
+        self._conserve = Conserve.of([CONSERVE[i] for i in plan.conserve.tolist()], len(plan), device)
+        self._index = {name: i for i, name in enumerate(layers)}
+        self._active_layers = {n for n, used in zip(layers, plan.active.any(dim=0).tolist(), strict=True) if used}
+        self._any_instance = bool(plan.instance.any())
+        self._any_alpha = not bool(plan.log_alpha.isnan().all())
+        self._any_filter = bool(plan.normality_filter.any())
+        self._seen: set[str] = set()
+        self._identity: dict[str, Tensor] = {}
+        self._rows: Tensor | None = None
+        self._by_quantile: list[Tensor] | None = None
+        self.targets: Tensor | None = None  # set between forward and backward
+
+    def attach(self, name: str, output: Tensor) -> None:
+        """Called as layer `name` returns: have its output's gradient scaled on the way back."""
+        if name not in self._active_layers or not output.requires_grad:
+            return
+        self._seen.add(name)
+        # Before an in-place activation overwrites the output.
+        gap = gap_features(output.detach()) if self._any_instance else None
+        output.register_hook(lambda grad: self._scale(name, grad, gap))  # type: ignore[no-untyped-call]
+
+    def require_all_layers_seen(self) -> None:
+        missing = [name for name in self._layers if name in self._active_layers - self._seen]
+        if missing:
+            raise took_no_part(missing, self._table)
+
+    def identity_layers(self) -> Tensor:
+        """`(B,)`: active layers whose gradient passed unchanged, in every call of a layer called twice."""
+        total = torch.zeros(len(self._plan), dtype=torch.long, device=self._device)
+        for name in self._active_layers:
+            active = self._on_device["active"][:, self._index[name]]
+            total += active & self._identity[name] if name in self._identity else active
+        return total
+
+    def _scale(self, name: str, grad: Tensor, gap: Tensor | None) -> Tensor:
+        selected = self._select(name, gap)
+        factors = channel_factors(grad, selected, self._on_device["gamma"], self._conserve)
+        self._identity[name] = self._identity.get(name, factors.identity) & factors.identity
+        return apply_factors(grad, selected, factors)
+
+    def _select(self, name: str, gap: Tensor | None) -> Tensor:
+        layer, i, on = self._layers[name], self._index[name], self._on_device
+        count, log_alpha = on["count"][:, i], on["log_alpha"]
+        selected = self._selected_by_quantile()[i]
+        if self._any_alpha:
+            rows = self._target_rows()
+            by_alpha = layer.log_p[rows.clamp(min=0)] <= log_alpha[:, None]
+            asked = on["active"][:, i] & (rows >= 0)
+            selected = torch.where(torch.isnan(log_alpha)[:, None], selected, by_alpha & asked[:, None])
+        if gap is not None:
+            instance = by_instance(gap, layer.mean, layer.std, count, log_alpha) & on["active"][:, i, None]
+            selected = torch.where(on["instance"][:, None], instance, selected)
+        if self._any_filter and layer.normality_p is not None:
+            selected = selected & ((layer.normality_p < NORMALITY_LEVEL) | ~on["normality_filter"][:, None])
+        return selected
+
+    def _selected_by_quantile(self) -> list[Tensor]:
+        """The mask `(B, C)` of each layer. Where the rule does not act no channel is selected: an empty side
+        passes unchanged."""
+        if self._by_quantile is None:
+            rows = self._target_rows()
+            count = self._on_device["count"] * (self._on_device["active"] & (rows >= 0)[:, None])
+            widths = [layer.channels for layer in self._layers.values()]
+            self._by_quantile = best_ranked(self._rank, rows.clamp(min=0), count, widths)
+        return self._by_quantile
+
+    def _target_rows(self) -> Tensor:
+        if self._rows is None:
+            assert self.targets is not None
+            self._rows = self._table.row_of_class.to(self._device)[self.targets]
+        return self._rows
+
+
+def checked_logits(logits: object, images: Tensor, table: SelectionTable) -> Tensor:
+    """What a model returned, if it is logits of the table's classes. Raises UnsupportedModelError."""
+    expected = (len(images), len(table.labels))
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or found != expected:
+        raise UnsupportedModelError(
+            f"The model returned {found}; with the {expected[1]} classes of table '{table.name}' "
+            f"expected logits of shape {expected}."
+        )
+    return logits
+
+
+def took_no_part(missing: Sequence[str], table: SelectionTable) -> UnsupportedModelError:
+    """The error that active layers of the table did not run."""
+    return UnsupportedModelError(
+        f"Layer '{missing[0]}' of table '{table.name}' took no part in the model's forward pass"
+        + (f", nor did {len(missing) - 1} more." if len(missing) > 1 else ".")
+    )
+
+
+def seed_score(logits: Tensor, targets: Tensor, probability_weighted: Tensor) -> Tensor:
+    """What is differentiated for each image, `(B,)`: its target's logit, or probability times logit."""
+    if not bool(probability_weighted.any()):
+        return logits.gather(1, targets[:, None])[:, 0]
+    return mixed_score(logits, targets, probability_weighted)
+
+
+def mixed_score(logits: Tensor, targets: Tensor, probability_weighted: Tensor) -> Tensor:
+    """`seed_score`, whichever way `probability_weighted` is."""
+    logit = logits.gather(1, targets[:, None])[:, 0]
+    probability = logits.softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    return torch.where(probability_weighted, probability * logit, logit)
+
+
+# Autograd nodes of ReLU in all its spellings (modules, functional, in place), and the node's attribute
+# that must be 0 for the operation to be one; ReLU6 is a Hardtanh from 0.
+_RELU_NODES = {
+    "ReluBackward": None,
+    "ThresholdBackward": "_saved_threshold",
+    "HardtanhBackward": "_saved_min_val",
+    "ClampMinBackward": "_saved_min",
+    "ClampBackward": "_saved_min",
+}
+
+
+def _is_relu(node: torch.autograd.graph.Node) -> bool:
+    bound = _RELU_NODES.get(node.name().rstrip("0123456789"), "")
+    return bound is None or (bound != "" and getattr(node, bound) == 0)
+
+
+def _guide(logits: Tensor, guided: Tensor) -> None:
+    """Guided backpropagation: let only positive gradient into each ReLU, for the `guided` images.
+
+    Done on the graph of this very pass, so that functional, reused and in-place ReLUs are all met.
+    """
+
+    def positive_only(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        grad = gradients[0]
+        rows = guided.reshape(-1, *(1,) * (grad.dim() - 1))
+        return (torch.where(rows, grad.clamp(min=0), grad), *gradients[1:])
+
+    found = False
+    for node in _graph(logits):
+        if "CopySlices" in node.name():
+            raise UnsupportedModelError(
+                "guided_backprop cannot see which operation the model writes in place into a slice of a tensor."
+            )
+        if _is_relu(node):
+            node.register_prehook(positive_only)
+            found = True
+    if not found:
+        raise UnsupportedModelError("guided_backprop needs a model with ReLU; this one has none.")
+
+
+def _graph(logits: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(following for following, _ in node.next_functions)
+
+
+def _on_device(layer: LayerTable, device: torch.device) -> LayerTable:
+    tested = None if layer.normality_p is None else layer.normality_p.to(device)
+    return LayerTable(
+        layer.log_p.to(device), layer.rank.to(device), layer.mean.to(device), layer.std.to(device), tested
+    )
