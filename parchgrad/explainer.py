@@ -83,7 +83,8 @@ class Explainer:
     `device` defaults to where its weights are. The weights are shared, not copied, unless they move.
     `backward` is the backward pass: `pruned` (method.md section 4) computes what the rule keeps, from a copy of the
     convolutions' weights in the processor's own order, and predicts faster too; `dense` lets autograd compute
-    everything and scales it; `auto` is pruned where the network can be traced. The results are the same.
+    everything and scales it; `auto` is pruned where the network can be traced. The results are the same. Weights may
+    change in place between explanations, as optimisers do; after writing through `.data` make a new explainer.
     Raises TableError when the table is not this model's, UnsupportedModelError where `pruned` is not possible.
     """
 

@@ -38,6 +38,8 @@ class PyTorchRuntime:
     ) -> None:
         if backward not in BACKWARDS:
             raise OptionError("backward", backward, ", ".join(BACKWARDS))
+        if device is not None and any(tensor.device != torch.device(device) for tensor in module.parameters()):
+            module = private_view(module, device)  # moved once, for both engines
         self._dense = DenseEngine(module, table, device)
         self._pruned: PrunedEngine | None = None
         self._shares = True  # benchmarks/many_points.py turns it off

@@ -266,6 +266,38 @@ def test_what_backward_is_in_use_and_why():
         Explainer(model, table, backward="sparse")
 
 
+class FiveDimensions(networks.Branching):
+    """A mean over dimensions 2 and 3 that are no picture's."""
+
+    def forward(self, images):
+        z = F.relu(self.norm(self.stem(images)))
+        groups = z.unflatten(1, (4, 2)).permute(0, 1, 3, 4, 2).mean((2, 3))
+        return self.head(F.relu(self.join(z * groups.flatten(1)[:, :, None, None])).mean((2, 3)))
+
+
+def test_a_mean_that_is_not_over_positions_goes_to_the_dense_engine(caplog):
+    model = build(FiveDimensions)
+    table = table_for(model)
+    explainer = Explainer(model, table)
+    options = {"targets": 1, "layers": ("stem", "join")}
+    expected = Explainer(model, table, backward="dense").explain(batch(2), **options)
+    assert_each_close(explainer.explain(batch(2), **options).attributions, expected.attributions, 1e-12)
+    assert "A mean over dimensions 2 and 3 of 5" in (explainer.dense_because or "")
+
+
+def test_what_batch_fits_is_known_before_the_first(monkeypatch):
+    """Also the first batch of a size goes in parts, so that its memory is that of any other."""
+    model = build()
+    explainer = Explainer(model, table_for(model), backward="pruned")
+    monkeypatch.setattr(engine, "_LARGEST_MAPPING", 1)
+    seen, record = [], engine.Program.record
+    monkeypatch.setattr(
+        engine.Program, "record", lambda self, x, *more: (seen.append(len(x)), record(self, x, *more))[1]
+    )
+    explainer.explain(batch(3), 1)
+    assert seen == [1, 1, 1, 1]  # one to find out, then each
+
+
 # --- the weights change ---
 
 
@@ -282,6 +314,8 @@ def changed(how, model):
             model.norm.running_var.mul_(3.0)
         elif how == "data":
             model.join.weight.data.mul_(0.5)
+        elif how == "statistics' data":
+            model.norm.running_var.data.mul_(3.0)
         elif how == "inference":
             with torch.inference_mode():
                 model.right.weight.mul_(0.5)
@@ -289,7 +323,9 @@ def changed(how, model):
             model.join.bias.add_(0.5)
 
 
-@pytest.mark.parametrize("how", ["optimizer", "load_state_dict", "statistics", "data", "inference", "bias"])
+@pytest.mark.parametrize(
+    "how", ["optimizer", "load_state_dict", "statistics", "data", "statistics' data", "inference", "bias"]
+)
 def test_weights_changed_in_place_show(how):
     model = build()
     table, images = table_for(model), batch(2)
@@ -419,10 +455,10 @@ def test_every_size_is_compared_once(monkeypatch):
     for _ in range(3):
         explainer.explain(batch(2), 1)
         explainer.predict(batch(3))
-    assert calls == [(2, 3, 12, 12)]
+    assert calls == [(1, 3, 12, 12)]
     expected = Explainer(model, table_for(model), backward="dense").explain(batch(2, size=9), 1)
     assert_each_close(explainer.explain(batch(2, size=9), 1).attributions, expected.attributions, 1e-12)
-    assert calls == [(2, 3, 12, 12), (2, 3, 9, 9)]
+    assert calls == [(1, 3, 12, 12), (1, 3, 9, 9)]
     assert explainer.backward == "dense"
     assert "On images of 3 x 9 x 9" in explainer.dense_because
 

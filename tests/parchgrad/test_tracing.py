@@ -139,6 +139,46 @@ TRACED = [
     write_by_keyword,
     view_read_before,
 ]
+
+
+class Halved(torch.autograd.Function):
+    """The identity, by its own word half as steep."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.5
+
+
+def own_derivative(net, z):
+    return Halved.apply(z) + z
+
+
+def gate_without_gradient(net, z):
+    with torch.no_grad():
+        gate = torch.sigmoid(z.mean(1, keepdim=True))
+    return z * gate
+
+
+@torch.no_grad()
+def without_gradient(z):
+    return z.amax((2, 3), keepdim=True)
+
+
+def function_without_gradient(net, z):
+    return z - without_gradient(z)
+
+
+def gradient_switched_off(net, z):
+    torch.set_grad_enabled(False)
+    gate = torch.sigmoid(z)
+    torch.set_grad_enabled(True)
+    return z * gate
+
+
 REFUSED = {
     view_after_write: "writes into a tensor that is read through another afterwards",
     view_written: "writes into a tensor that is read through another afterwards",
@@ -149,6 +189,10 @@ REFUSED = {
     buffer_counted: "writes into a tensor that the network keeps",
     by_value: "cannot be traced: symbolically traced variables cannot be used as inputs to control flow",
     by_item: "cannot be traced",
+    own_derivative: "computes without a gradient, or by an autograd.Function",
+    gate_without_gradient: "computes without a gradient, or by an autograd.Function",
+    function_without_gradient: "computes without a gradient, or by an autograd.Function",
+    gradient_switched_off: "computes without a gradient, or by an autograd.Function",
     by_length: "cannot be traced",
     filled: "'fill_' calls fill_, which writes into its tensor",
     copied: "'copy_' calls copy_, which writes into its tensor",

@@ -33,6 +33,9 @@ _T = TypeVar("_T")
 # Of channels and their weights' rows, kept for the next image of the same class and quantile.
 CACHE_BYTES = 256 << 20
 
+# Sizes of images that are remembered; they are found out anew beyond it.
+_MOST_SIZES = 1024
+
 # How far the program's logits may be from the network's, in square roots of the rounding unit and relative to the
 # largest logit: folding and another order of sums move them by far less, another function by far more.
 _TOLERANCE = 4.0
@@ -98,7 +101,7 @@ class PrunedEngine:
         with torch.inference_mode(False), torch.no_grad():
             compiled = self._current()
             parts = []
-            for start, end in _slices(len(images), compiled.confirmed.get(images.shape[1:])):
+            for start, end in self._slices(compiled, images):
                 parts.append(self._slice_logits(compiled, images[start:end]))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -112,7 +115,7 @@ class PrunedEngine:
             compiled = self._current()
             images = images.clone() if images.is_inference() else images
             parts = []
-            for start, end in _slices(len(images), compiled.confirmed.get(images.shape[1:])):
+            for start, end in self._slices(compiled, images):
                 some = plan if end - start == len(images) else plan.take(torch.arange(start, end))
                 parts.append(self._slice_gradients(compiled, images[start:end], targets[start:end], some))
         if len(parts) == 1:
@@ -154,7 +157,7 @@ class PrunedEngine:
             sums, unchanged = [], []
             gradients = EntryGradients(entry)
             ends = ends_of(points.rows)
-            for start, end in _slices(len(points), compiled.confirmed.get(points.images.shape[1:])):
+            for start, end in self._slices(compiled, points.images):
                 some = plan.take(torch.arange(start, end))
                 each = self._at_entry(compiled, outputs, points, range(start, end), targets[start:end], some)
                 for i, (one, count) in enumerate(each, start):
@@ -259,6 +262,8 @@ class PrunedEngine:
             raise UnlikeModelError(reason, always=True) from error
         if size not in compiled.confirmed:
             self._confirm(logits_of(found), self._view(images.clone()), size)
+            if len(compiled.confirmed) >= _MOST_SIZES:
+                compiled.confirmed.clear()
             compiled.confirmed[size] = self._room(compiled.program, images)
         checked_logits(logits_of(found), images, self._table)
         return found
@@ -279,6 +284,14 @@ class PrunedEngine:
             raise UnlikeModelError(
                 f"On images of {shape} the traced network's logits are off by {off:.1e} of the largest.", always=True
             )
+
+    def _slices(self, compiled: _Compiled, images: Tensor) -> Iterator[tuple[int, int]]:
+        """The batch in as few parts as there is room for, and as even ones."""
+        first = images[:1].clone() if images.is_inference() else images[:1]
+        if images.shape[1:] not in compiled.confirmed:  # what there is room for is found out with one image
+            self._confirmed(compiled, first, lambda: compiled.program.record(first), lambda record: record.logits)
+        parts = math.ceil(len(images) / compiled.confirmed.get(images.shape[1:], sys.maxsize))
+        return itertools.pairwise([round(len(images) * part / parts) for part in range(parts + 1)])
 
     def _room(self, program: Program, images: Tensor) -> int:
         """How many such images go together: on a processor, as many as leave no value beyond `_LARGEST_MAPPING`."""
@@ -386,13 +399,6 @@ def _taken_back(program: Program, record: Record, seed: Tensor, rules: Mapping[s
         for name, rule in rules.items():
             rule.unchanged[image] = alone[name].unchanged[0]
     return torch.cat(each)
-
-
-def _slices(images: int, room: int | None) -> Iterator[tuple[int, int]]:
-    """The batch in as few parts as `room` (None = boundless) admits, and as even ones."""
-    parts = 1 if room is None else math.ceil(images / room)
-    bounds = [round(images * part / parts) for part in range(parts + 1)]
-    return itertools.pairwise(bounds)
 
 
 def _seed(logits: Tensor, targets: Tensor, plan: Plan) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parchgrad.errors import UnsupportedModelError
 from parchgrad.runtimes.pruned.activations import RELU, Activation
 from parchgrad.runtimes.pruned.gradient import Channels, Gradient, channels_of, dense
 
@@ -193,6 +194,8 @@ class Mean:
         return x.mean((2, 3), keepdim=self._keepdim)
 
     def record(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        if x.dim() != 4:
+            raise UnsupportedModelError(f"A mean over dimensions 2 and 3 of {x.dim()}.")
         return self.run(x), x.shape
 
     def pull(self, grad: Gradient, kept: torch.Size) -> tuple[Gradient]:

@@ -40,7 +40,7 @@ def trace(module: nn.Module) -> Trace:
         if "forward" in vars(part):
             raise UnsupportedModelError(f"Module '{name}' has a forward of its own, not that of its class.")
     try:
-        with _ONE_AT_A_TIME:
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad():
             graph = _Tracer().trace(module)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -74,6 +74,13 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        # Under no_grad, and in an autograd.Function's forward: its calls would be traced without what they say of
+        # the gradient.
+        if not torch.is_grad_enabled():
+            raise UnsupportedModelError("it computes without a gradient, or by an autograd.Function of its own.")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_convolution(m) or super().is_leaf_module(m, module_qualified_name)

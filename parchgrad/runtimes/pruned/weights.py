@@ -23,8 +23,8 @@ class Weights:
     """The parameters and buffers of `view`, which share memory and PyTorch's counter of in-place changes with the
     caller's.
 
-    A change through `.data` is not counted, nor is one of an inference tensor: of those, and of the weights of
-    convolutions and linear layers, a few values are compared as well.
+    A change through `.data` is not counted, nor is one of an inference tensor: of every floating-point tensor a few
+    values are compared as well. A change through `.data` that misses those goes unseen.
     """
 
     def __init__(self, view: nn.Module) -> None:
@@ -32,7 +32,7 @@ class Weights:
         self._counted = [tensor for tensor in every if not tensor.is_inference()]
         device = next(view.parameters()).device
         sampled = [t for t in every if t.is_floating_point() and t.device == device and t.numel()]
-        self._samples = [_sample(t) for t in sampled if t.is_inference() or t.dim() > 1]
+        self._samples = [_sample(t) for t in sampled]
 
     def state(self) -> State:
         samples = torch.cat(self._samples) if self._samples else torch.empty(0)
