@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parchgrad.errors import AbandonedError
+from service import memory
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -190,5 +191,6 @@ def is_out_of_memory(error: Exception) -> bool:
 def _release_cached_memory() -> None:
     import torch
 
+    memory.give_back()  # what malloc keeps of the failed batch is wanted elsewhere
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

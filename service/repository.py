@@ -131,6 +131,8 @@ class Repository:
         self._loader = ThreadPoolExecutor(1, "load")
         self._predict_lane = ThreadPoolExecutor(1, "predict")
         self._map_lane = ThreadPoolExecutor(1, "maps")
+        for lane in (self._predict_lane, self._map_lane):
+            lane.submit(int).result()  # its thread begins now: where memory is out there may be none for its stack
         self._changing = asyncio.Lock()  # one load or unload at a time: memory for one more version is enough
         self._retiring: set[asyncio.Task[None]] = set()
         self._first: asyncio.Task[None] | None = None

@@ -295,7 +295,7 @@ def test_what_batch_fits_is_known_before_the_first(monkeypatch):
         engine.Program, "record", lambda self, x, *more: (seen.append(len(x)), record(self, x, *more))[1]
     )
     explainer.explain(batch(3), 1)
-    assert seen == [1, 1, 1, 1]  # one to find out, then each
+    assert seen == [1, 1, 1]
 
 
 # --- the weights change ---

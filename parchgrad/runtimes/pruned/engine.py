@@ -289,7 +289,7 @@ class PrunedEngine:
         """The batch in as few parts as there is room for, and as even ones."""
         first = images[:1].clone() if images.is_inference() else images[:1]
         if images.shape[1:] not in compiled.confirmed:  # what there is room for is found out with one image
-            self._confirmed(compiled, first, lambda: compiled.program.record(first), lambda record: record.logits)
+            self._confirmed(compiled, first, lambda: compiled.program.predict(first), lambda logits: logits)
         parts = math.ceil(len(images) / compiled.confirmed.get(images.shape[1:], sys.maxsize))
         return itertools.pairwise([round(len(images) * part / parts) for part in range(parts + 1)])
 
