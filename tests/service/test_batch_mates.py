@@ -241,6 +241,9 @@ def unhurried(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
 
 
+BUSY = 32  # images of many passes, before which everybody else waits
+
+
 class Busy:
     """A request of many passes in a thread of its own; the map thread is at its last batch when the block begins."""
 
@@ -284,7 +287,7 @@ def test_mates_of_every_kind_in_one_batch_of_the_running_service(unhurried: Serv
     }
     before = {key: server.metric(name, **labels) for key, (name, labels) in names.items()}
     post = server.client.post
-    with concurrent.futures.ThreadPoolExecutor(64) as pool, Busy(server, 16) as busy:
+    with concurrent.futures.ThreadPoolExecutor(64) as pool, Busy(server, BUSY) as busy:
         good = [pool.submit(explain, server, image, **options) for image, options in MIXED]
         late = [pool.submit(explain, server, MIXED[i][0], explain_timeout_ms="300") for i in range(6)]
         vanished = [hung_up(server, MIXED[i][0]) for i in range(6)]
@@ -297,12 +300,15 @@ def test_mates_of_every_kind_in_one_batch_of_the_running_service(unhurried: Serv
         for answer in late:
             explanation = answer.result()["explanation"]
             assert explanation["status"] == "timeout"
-        while server.metric("parchgrad_admitted_images") < 16 + len(MIXED) + len(vanished):
+        while server.metric("parchgrad_admitted_images") < BUSY + len(MIXED) + len(vanished):
             assert not busy.done(), "the map thread was not busy for long enough"
             time.sleep(0.01)
         for connection in vanished:
             connection.close()
-        while server.metric("parchgrad_admitted_images") > 16 + len(MIXED):
+        while server.metric("parchgrad_admitted_images") > BUSY + len(MIXED):
+            time.sleep(0.01)
+        while server.metric("parchgrad_queue_depth_images") < len(MIXED):  # all are at the map thread's door by now
+            assert not busy.done(), "the map thread was not busy for long enough"
             time.sleep(0.01)
         assert not busy.done(), "the map thread was not busy for long enough"
         results = [answer.result() for answer in good]
@@ -317,7 +323,7 @@ def test_mates_of_every_kind_in_one_batch_of_the_running_service(unhurried: Serv
             assert mine["index"] == its["index"]
             assert mine["probability"] == pytest.approx(its["probability"], rel=1e-4)
     assert after["all"] - after["small"] >= 1  # a batch of more than 16 did form
-    assert after["computed"] == 16 + len(MIXED)  # nobody's who left, nobody's who was late
+    assert after["computed"] == BUSY + len(MIXED)  # nobody's who left, nobody's who was late
     assert (after["cancelled"], after["expired"]) == (6, 6)
 
 
