@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parchgrad.rule import CONSERVE, Conserve, Factors, apply_factors, factors_of_sums, side_sums
 from parchgrad.runtimes import Plan
-from parchgrad.runtimes.pruned.gradient import Channels, Gradient, layout
+from parchgrad.runtimes.pruned.gradient import Channels, Gradient, empty_like
 from parchgrad.selection import best_ranked
 from parchgrad.tables import SelectionTable
 
@@ -265,7 +265,7 @@ def _joined(parts: Sequence[_Part], shape: torch.Size, kernel: Kernel) -> Gradie
     if len(parts) == 1:
         return parts[0][2]
     first = parts[0][2]
-    together = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout(first))
+    together = empty_like(first, shape)
     for group, _, answer in parts:
         assert group.places is not None
         together.index_copy_(0, group.places, answer)

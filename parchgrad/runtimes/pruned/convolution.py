@@ -68,7 +68,7 @@ class Convolution:
         self._bias = None if convolution.bias is None else convolution.bias.detach()
         self._scale: Tensor | None = None
         if norm is not None:
-            self._scale, self._bias = _scale_and_shift(self._bias, norm)
+            self._scale, self._bias = scale_and_shift(self._bias, norm)
         on_cpu = weight.device.type == "cpu"
         # Plain loops compute float64 on the CPU, for which the order does not matter.
         self.channels_last = not (on_cpu and weight.dtype == torch.float64)
@@ -92,9 +92,11 @@ class Convolution:
     def _weight(self) -> Tensor:
         """The folded weights, made when first asked for: with packed ones a pruned pass needs only rows of them."""
         if self._folded is None:
-            scaled = self._source if self._scale is None else self._source * self._scale[:, None, None, None]
-            self._folded = scaled.contiguous(memory_format=self._format)
+            self._folded = self._scaled_source().contiguous(memory_format=self._format)
         return self._folded
+
+    def _scaled_source(self) -> Tensor:
+        return self._source if self._scale is None else self._source * self._scale[:, None, None, None]
 
     # --- prediction ---
 
@@ -125,8 +127,8 @@ class Convolution:
         x = x.contiguous(memory_format=self._format)
         if self._packs and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             if self._packed is None:
-                scaled = self._source if self._scale is None else self._source * self._scale[:, None, None, None]
-                self._packed = _packed(scaled, x, self._padding, self._stride, self._dilation, self._groups)
+                geometry = (self._padding, self._stride, self._dilation, self._groups)
+                self._packed = _packed(self._scaled_source(), x, *geometry)
             end, numbers = act.fused if act is not None and act.fused is not None else ("none", ())
             geometry = (self._padding, self._stride, self._dilation, self._groups)
             y = _convolve_packed(x, self._packed, self._bias, geometry, end, numbers)
@@ -147,29 +149,31 @@ class Convolution:
                 return batched.pull_channels(grad, derivative, activated, shape, kernel, rule, self._whole)
             whole = self._activated(batched.working(grad), activated)
             return batched.pull(whole, shape, kernel, rule, self._whole)
-        if isinstance(grad, Channels):
-            return self._pull_channels(grad, shape, activated, rule)
-        if rule is None or not self._prunes or not any(map(rule.prunes, range(len(grad)))):
+        images = range(shape[0])
+        no_image_prunes = rule is None or not self._prunes or not any(map(rule.prunes, images))
+        if no_image_prunes and not isinstance(grad, Channels):
             grad = self._activated(grad, activated)
-            grad = grad if rule is None else rule.scaled(grad, range(len(grad)), self._scale)
+            grad = grad if rule is None else rule.scaled(grad, images, self._scale)
             return self._whole(grad, shape)
-        parts: list[tuple[Tensor | None, Tensor]] = []
-        for i in range(len(grad)):
-            one = self._of_image(grad[i : i + 1], None if activated is None else activated[i : i + 1], rule, i)
+        parts = []
+        for i in images:
+            one = self._at_output(grad, activated, rule, i)
             parts.append((one.numbers, self._taken_back(one, torch.Size((1, *shape[1:])))))
         return self._joined(parts, shape)
 
     def at_output(self, grad: Gradient, kept: Kept, rule: LayerRule | None) -> AtOutput:
         """The first half of `pull`, of one image: what the rule leaves of the gradient at the output."""
-        activated = kept[1]
-        if not isinstance(grad, Channels):
-            return self._of_image(grad, activated, rule, 0)
-        one = self._of_channels(grad, 0, activated, rule)
-        return one if self._prunes else one.spread()
+        return self._at_output(grad, kept[1], rule, 0)
 
     def at_input(self, one: AtOutput, shape: torch.Size) -> Tensor:
         """The other half: the gradient at an input of this shape, `(1, in, H, W)`; linear in its values."""
         return dense(self._joined([(one.numbers, self._taken_back(one, shape))], shape))
+
+    def _at_output(self, grad: Gradient, activated: Tensor | None, rule: LayerRule | None, image: int) -> AtOutput:
+        if isinstance(grad, Channels):
+            return self._of_channels(grad, image, activated, rule)
+        kept = None if activated is None else activated[image : image + 1]
+        return self._of_image(grad[image : image + 1], kept, rule, image)
 
     def _of_image(self, grad: Tensor, activated: Tensor | None, rule: LayerRule | None, image: int) -> AtOutput:
         """`grad` `(1, C, h, w)` is that of this image at the result."""
@@ -184,12 +188,14 @@ class Convolution:
         return AtOutput(grad, grad.shape[1])
 
     def _of_channels(self, grad: Channels, image: int, activated: Tensor | None, rule: LayerRule | None) -> AtOutput:
+        """Of some channels of an image: the others add nothing, neither to the sums nor to the result."""
         some, values = grad.numbers[image], grad.values[image]
         numbers = torch.arange(grad.shape[1], device=values.device) if some is None else some
         if self.activation is not None and activated is not None:
             values = self.activation.backward(values, channels_of(activated, image, numbers))
         numbers, values = _restricted(numbers, values, self._scale, grad.shape[1], rule, image)
-        return AtOutput(values, grad.shape[1], numbers)
+        one = AtOutput(values, grad.shape[1], numbers)
+        return one if self._prunes else one.spread()
 
     def _taken_back(self, one: AtOutput, shape: torch.Size) -> Tensor:
         """One image's input gradient: of a depthwise convolution at these channels, else of all."""
@@ -217,17 +223,6 @@ class Convolution:
             return None
         values = by_channel.t().index_select(1, choice.numbers).mul_(pair[0])
         return values.view(1, *grad.shape[2:], -1).permute(0, 3, 1, 2)
-
-    def _pull_channels(
-        self, grad: Channels, shape: torch.Size, activated: Tensor | None, rule: LayerRule | None
-    ) -> Gradient:
-        """`pull` of some channels of each image: the others add nothing, neither to the sums nor to the result."""
-        parts: list[tuple[Tensor | None, Tensor]] = []
-        for i in range(len(grad.values)):
-            one = self._of_channels(grad, i, activated, rule)
-            one = one if self._prunes else one.spread()
-            parts.append((one.numbers, self._taken_back(one, torch.Size((1, *shape[1:])))))
-        return self._joined(parts, shape)
 
     def _joined(self, parts: Sequence[tuple[Tensor | None, Tensor]], shape: torch.Size) -> Gradient:
         """The images' input gradients: of all channels, or of a depthwise convolution's selected ones."""
@@ -334,7 +329,7 @@ def _restricted(
     return numbers, (values * per_channel(inside, pair)[:, None, None]).to(values.dtype)
 
 
-def _scale_and_shift(bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def scale_and_shift(bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """`norm` behind a convolution: the factor of each output channel and the bias there is then, `(C,)`."""
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -64,7 +64,7 @@ class PrunedEngine:
     """`view` is a private view of the network that the table is of. Thread safe.
 
     Raises UnsupportedModelError, see `trace` and Program. The program is compiled anew after the weights changed, and
-    at the first images of each size its logits are compared with the network's own, one more prediction.
+    at the first image of each size its logits are compared with the network's own.
 
     `together`: batches are explained by `batch_gradients`; default: on a GPU.
     """

@@ -22,18 +22,19 @@ class Channels:
 
     def dense(self) -> Tensor:
         """The same with its zeros, `(B, C, h, w)`."""
-        first = self.values[0]
-        whole = torch.zeros(self.shape, dtype=first.dtype, device=first.device).contiguous(memory_format=layout(first))
-        for row, (numbers, values) in enumerate(zip(self.numbers, self.values, strict=True)):
-            _add(whole, row, numbers, values)
-        return whole
+        return self._onto(empty_like(self.values[0], self.shape).zero_())
 
     def added_to(self, other: Tensor) -> Tensor:
         """`other` plus this gradient, out of place."""
-        total = other.clone()
+        return self._onto(other.clone())
+
+    def _onto(self, whole: Tensor) -> Tensor:
         for row, (numbers, values) in enumerate(zip(self.numbers, self.values, strict=True)):
-            _add(total, row, numbers, values)
-        return total
+            if numbers is None:
+                whole[row] += values[0]
+            else:
+                whole[row].index_add_(0, numbers, values[0])
+        return whole
 
 
 Gradient = Tensor | Channels
@@ -69,8 +70,6 @@ def layout(values: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last and not values.is_contiguous() else torch.contiguous_format
 
 
-def _add(whole: Tensor, row: int, numbers: Tensor | None, values: Tensor) -> None:
-    if numbers is None:
-        whole[row] += values[0]
-    else:
-        whole[row].index_add_(0, numbers, values[0])
+def empty_like(values: Tensor, shape: torch.Size) -> Tensor:
+    """Memory for images `(B, C, h, w)`, in the layout of `values`."""
+    return torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout(values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,25 +84,26 @@ class Program:
 
     def predict(self, images: Tensor) -> Any:
         """What the network answers to `(B, 3, h, w)`."""
+        answer = images if self._answer == 0 else None
+        for number, value in self._results(images):
+            if number == self._answer:
+                answer = value
+        return answer
+
+    def widest(self, images: Tensor) -> int:
+        """The largest value on the way to the answer, in bytes."""
+        results = (value for _, value in self._results(images))
+        return max((one.numel() * one.element_size() for one in results if isinstance(one, Tensor)), default=0)
+
+    def _results(self, images: Tensor) -> Iterator[tuple[int, Any]]:
+        """Each step's number and result, in order; the program itself holds none longer than it is read."""
         values: list[Any] = [None] * self._values
         values[0] = images
         for line in self._lines:
             values[line.output] = line.step.run(*[values[i] for i in line.inputs])
             for i in line.last:
                 values[i] = None
-        return values[self._answer]
-
-    def widest(self, images: Tensor) -> int:
-        """The largest value on the way to the answer, in bytes."""
-        values: list[Any] = [None] * self._values
-        values[0] = images
-        widest = 0
-        for line in self._lines:
-            values[line.output] = value = line.step.run(*[values[i] for i in line.inputs])
-            widest = max(widest, value.numel() * value.element_size() if isinstance(value, Tensor) else 0)
-            for i in line.last:
-                values[i] = None
-        return widest
+            yield line.output, values[line.output]
 
     def record(self, images: Tensor, outputs: Tensor | None = None) -> Record:
         """The answer, and what its gradient needs; `outputs` of the entry for these images, where they are known.

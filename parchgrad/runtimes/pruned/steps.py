@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from parchgrad.errors import UnsupportedModelError
 from parchgrad.runtimes.pruned.activations import RELU, Activation
-from parchgrad.runtimes.pruned.gradient import Channels, Gradient, channels_of, dense
+from parchgrad.runtimes.pruned.convolution import scale_and_shift
+from parchgrad.runtimes.pruned.gradient import Channels, Gradient, channels_of, dense, empty_like, layout
 
 _aten = torch.ops.aten
 
@@ -175,7 +176,7 @@ class MaxPooling:
         grad = _laid_out_as(dense(grad), y)
         if self._rectified:
             grad = RELU.backward(grad, y)
-        like = like_image(grad, shape)
+        like = empty_like(grad, shape)  # only its form counts
         answer: Tensor = _aten.max_pool2d_with_indices_backward(
             grad, like, self._kernel, self._stride, self._padding, self._dilation, self._ceil_mode, places
         )
@@ -225,7 +226,7 @@ class AveragePooling:
 
     def pull(self, grad: Gradient, kept: torch.Size) -> tuple[Tensor]:
         grad = dense(grad)
-        return (self._backward(grad, like_image(grad, kept)),)
+        return (self._backward(grad, empty_like(grad, kept)),)
 
 
 def adaptive_average_pooling(size: Any) -> AveragePooling:
@@ -245,13 +246,6 @@ def average_pooling(
         lambda x: F.avg_pool2d(x, *sides, ceil_mode, count_include_pad, divisor),
         lambda grad, like: _aten.avg_pool2d_backward(grad, like, *sides, ceil_mode, count_include_pad, divisor),
     )
-
-
-def like_image(grad: Tensor, shape: torch.Size) -> Tensor:
-    """Images of this shape, as `grad` lies in memory; only their form counts."""
-    if grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last) and not grad.is_contiguous():
-        return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device)
 
 
 class Flatten:
@@ -305,14 +299,7 @@ class BatchNorm:
     by_image = True
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        factor = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            factor = factor * norm.weight.detach()
-        shift = -norm.running_mean * factor
-        if norm.bias is not None:
-            shift = shift + norm.bias.detach()
+        factor, shift = scale_and_shift(None, norm)
         self._factor, self._shift = factor[:, None, None], shift[:, None, None]
 
     def run(self, x: Tensor) -> Tensor:
@@ -395,9 +382,7 @@ def _summed_to(grad: Gradient, shape: torch.Size) -> Gradient:
 
 
 def _laid_out_as(grad: Tensor, like: Tensor) -> Tensor:
-    if like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
-        return grad.contiguous(memory_format=torch.channels_last)
-    return grad
+    return grad.contiguous(memory_format=torch.channels_last) if layout(like) is torch.channels_last else grad
 
 
 def _both(value: Any) -> list[int]:
