@@ -266,6 +266,26 @@ def test_what_backward_is_in_use_and_why():
         Explainer(model, table, backward="sparse")
 
 
+class FunctionalNorm(networks.Branching):
+    """A BatchNorm that is a call on the module's own buffers, as timm's are; no gradient goes to a running mean."""
+
+    def forward(self, images):
+        z = F.relu(self.stem(images))
+        norm = self.norm
+        z = z + F.batch_norm(z, norm.running_mean * 2, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+        return self.head(F.relu(self.join(z)).mean((2, 3)))
+
+
+def test_constants_are_not_differentiated():
+    model = build(FunctionalNorm)
+    table = table_for(model)
+    options = {"targets": 1, "layers": ("stem", "join")}
+    found, expected = (
+        Explainer(model, table, backward=b).explain(batch(2), **options).attributions for b in ("pruned", "dense")
+    )
+    assert_each_close(found, expected, 1e-12)
+
+
 class FiveDimensions(networks.Branching):
     """A mean over dimensions 2 and 3 that are no picture's."""
 

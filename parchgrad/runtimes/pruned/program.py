@@ -177,7 +177,7 @@ class _Ruled:
 
     def __init__(self, name: str, call: Callable[..., Any]) -> None:
         self.name = name
-        self._other = steps.Other(call)
+        self._other = steps.Other(call, [True])
 
     def run(self, x: Tensor) -> Any:
         return self._other.run(x)
@@ -200,6 +200,7 @@ class _Compiler:
         self._number: dict[fx.Node, int] = {}
         self._taken: set[fx.Node] = set()  # nodes that became part of an earlier step
         self._numbers: set[fx.Node] = set()  # nodes whose value is no tensor: sizes, and what is made of them
+        self._constants: set[fx.Node] = set()  # nodes that do not depend on the images
 
     def lines(self) -> tuple[list[_Line], int]:
         found: list[tuple[Any, tuple[int, ...], int]] = []
@@ -215,6 +216,8 @@ class _Compiler:
             elif node in self._taken:
                 continue
             else:
+                if self._constants.issuperset(node.all_input_nodes):
+                    self._constants.add(node)
                 step, inputs, last = self._step(node)
                 number = len(found) + 1
                 found.append((step, tuple(self._number[i] for i in inputs), number))
@@ -306,7 +309,7 @@ class _Compiler:
         if is_size(node) or (inputs and all(i in self._numbers for i in inputs)):
             self._numbers.add(node)
         if not self._numbers.isdisjoint(inputs):
-            return steps.Other(self._call(node, inputs)), inputs, node
+            return self._other(node, inputs), inputs, node
         if node.op == "call_function" and not kwargs and len(args) == 2 and list(args) == inputs:
             if node.target in (operator.add, torch.add):
                 activation, last = self._following_activation(node)
@@ -338,7 +341,10 @@ class _Compiler:
                 keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
                 if dims is not None and not isinstance(dims, int) and list(dims) in ([2, 3], [-2, -1], [3, 2]):
                     return steps.Mean(bool(keepdim)), inputs, node
-        return steps.Other(self._call(node, inputs)), inputs, node
+        return self._other(node, inputs), inputs, node
+
+    def _other(self, node: fx.Node, inputs: list[fx.Node]) -> steps.Other:
+        return steps.Other(self._call(node, inputs), [i not in self._constants for i in inputs])
 
     def _call(self, node: fx.Node, inputs: list[fx.Node]) -> Callable[..., Any]:
         """The node's call as a function of its inputs' values."""

@@ -326,20 +326,27 @@ class Part:
 
 
 class Other:
-    """Any call, differentiated by autograd; `call` takes the values that come from other calls."""
+    """Any call, differentiated by autograd; `call` takes the values that come from other calls.
+
+    Constants are not differentiated: some calls refuse it (the running mean of a `batch_norm`).
+    """
 
     by_image = False
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., Any], of_images: Sequence[bool]) -> None:
+        """`of_images` says of each value whether it depends on the images."""
         self._call = call
+        self._of_images = tuple(of_images)
 
     def run(self, *values: Any) -> Any:
         return self._call(*values)
 
     def record(self, *values: Any) -> tuple[Any, Any]:
         leaves = [
-            value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else None
-            for value in values
+            value.detach().requires_grad_()
+            if of_images and isinstance(value, Tensor) and value.is_floating_point()
+            else None
+            for value, of_images in zip(values, self._of_images, strict=True)
         ]
         with torch.enable_grad():
             result = self._call(*[v if leaf is None else leaf for v, leaf in zip(values, leaves, strict=True)])
