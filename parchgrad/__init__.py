@@ -1,6 +1,7 @@
 """ParchGrad: saliency maps from class-wise selected channels, with predictions. See README.md.
 
-Importing this is light: torch is loaded when a name that needs it is first used.
+Importing this is light: torch, or onnxruntime, is loaded when a name that needs it is first used, and where it is not
+installed that name raises MissingPackageError.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from parchgrad.errors import ParchGradError
+from parchgrad.errors import ParchGradError, missing_package
 
 if TYPE_CHECKING:
     from parchgrad.attribution import ParchGrad
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from parchgrad.client import AsyncClient, Client
     from parchgrad.explainer import Explainer, Explanation
     from parchgrad.models import Model, add_model, load_model
+    from parchgrad.runtimes.onnx_runtime import OnnxExplainer
     from parchgrad.tables import SelectionTable, load_table
 
 __version__ = "0.1.0"
@@ -26,6 +28,7 @@ __all__ = [
     "Explainer",
     "Explanation",
     "Model",
+    "OnnxExplainer",
     "ParchGrad",
     "ParchGradError",
     "SelectionTable",
@@ -41,6 +44,7 @@ _HOME = {
     "Explainer": "explainer",
     "Explanation": "explainer",
     "Model": "models",
+    "OnnxExplainer": "runtimes.onnx_runtime",
     "ParchGrad": "attribution",
     "SelectionTable": "tables",
     "add_model": "models",
@@ -52,5 +56,10 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"parchgrad.{_HOME[name]}"), name)
+        try:
+            return getattr(import_module(f"parchgrad.{_HOME[name]}"), name)
+        except ModuleNotFoundError as error:
+            if (named := missing_package(f"parchgrad.{name}", error)) is None:
+                raise
+            raise named from error
     raise AttributeError(f"module 'parchgrad' has no attribute '{name}'")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from parchgrad.checkpoint import Checkpoint
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, EvidenceError, UnsupportedModelError, WorkerError
 from parchgrad.evidence import (
     DIGEST_BYTES,
@@ -34,11 +35,12 @@ from parchgrad.evidence import (
 )
 from parchgrad.explainer import checked_device
 from parchgrad.features import GapNetwork, points_reached, running_layers
-from parchgrad.layers import convolutions, match
+from parchgrad.layers import convolutions
 from parchgrad.models import Model
+from parchgrad.patterns import match
 from parchgrad.preprocessing import Preprocessing, decode_image
 from parchgrad.sources import Source, open_source
-from parchgrad.tables import Defaults, SelectionTable, check_defaults
+from parchgrad.tables import SelectionTable, check_defaults
 
 # Consecutive batches that one worker reads, at most, where neighbours share a row group of a Parquet file.
 MAX_RUN = 64

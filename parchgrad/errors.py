@@ -47,6 +47,37 @@ class GoldenError(ParchGradError):
     """The golden record is missing, or the model no longer reproduces it."""
 
 
+class MissingPackageError(ParchGradError, ImportError):
+    """What was asked for needs a package that is not installed."""
+
+
+# The extra of ours that brings a package.
+_EXTRAS = {
+    "torch": "torch",
+    "torchvision": "torch",
+    "onnxruntime": "onnx",
+    "onnx": "onnx",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+    "tritonclient": "export",
+    "openvino": "openvino",
+}
+
+
+def missing_package(what: str, error: ModuleNotFoundError) -> MissingPackageError | None:
+    """The error that `what` needs the package it did not find; None where no extra of ours brings that package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return MissingPackageError(
+        f"{what} needs {package}, which is not installed: pip install 'parchgrad[{_EXTRAS[package]}]'."
+    )
+
+
+class ExportError(ParchGradError):
+    """An exported graph does not do what the model does, or an engine cannot run it."""
+
+
 class OptionError(ParchGradError):
     """An explanation option is out of range.
 

@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import parchgrad
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, EvidenceError
 from parchgrad.files import write_tensors
 from parchgrad.statistics import ClassMoments
-from parchgrad.tables import CONTROLS, Defaults, LayerTable, SelectionTable
+from parchgrad.tables import CONTROLS, LayerTable, SelectionTable
 
 FORMAT_VERSION = 1
 EVIDENCE_FILE = "evidence.safetensors"

@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from parchgrad.errors import InUseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def file_sha256(path: Path) -> str:
@@ -27,6 +29,8 @@ def file_sha256(path: Path) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file beside its place, then rename it: a crash leaves the old file or none."""
+    from safetensors.torch import save_file  # loads torch, which the other functions do without
+
     owned: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in tensors.items():

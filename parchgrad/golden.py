@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn.functional import interpolate
 
 from parchgrad.errors import GoldenError
 from parchgrad.files import write_tensors
-from parchgrad.models import Model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from parchgrad.explainer import Explainer, Explanation
+    from parchgrad.models import Model
 
 GOLDEN_FILE = "golden.safetensors"
 
@@ -33,6 +36,8 @@ MAP_TOLERANCE = 0.2
 
 def record(explainer: Explainer, folder: str | os.PathLike[str]) -> Path:
     """Explain the pattern for the table's first class, under the table's defaults, and write the record."""
+    import torch
+
     image = _pattern(_model(explainer).preprocessing.size)
     target = explainer.table.classes[0]
     explanation = _explained(explainer, image, target)
@@ -50,32 +55,69 @@ def record(explainer: Explainer, folder: str | os.PathLike[str]) -> Path:
 
 def check(explainer: Explainer, folder: str | os.PathLike[str]) -> None:
     """Explain the recorded input again. Raises GoldenError, saying what differs and by how much."""
+    import torch
+
     path = Path(folder) / GOLDEN_FILE
     if not path.is_file():
         raise GoldenError(f"Table folder '{folder}' has no {GOLDEN_FILE}; 'parchgrad table build' writes one.")
+    recorded = read(path)
+    for what, digest in _digests(explainer).items():
+        if recorded.digests.get(what) != digest:
+            raise differs(path, what, recorded.digests.get(what), digest)
+    explanation = _explained(explainer, torch.from_numpy(recorded.image), recorded.target)
+    recorded.compare(explanation.logits.cpu().float().numpy(), explanation.saliency().cpu().float().numpy())
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a golden record holds."""
+
+    image: NDArray[np.float32]  # (1, 3, h, w), normalised
+    target: int
+    logits: NDArray[np.float32]  # (1, K)
+    saliency: NDArray[np.float32]  # (1, h, w)
+    digests: Mapping[str, str]  # of what made it
+
+    def compare(self, logits: NDArray[np.float32], saliency: NDArray[np.float32]) -> None:
+        """Raises GoldenError, saying what differs and by how much, where these are others than recorded."""
+        _compare("logits", logits, self.logits, LOGITS_TOLERANCE)
+        _compare("saliency map", saliency, self.saliency, MAP_TOLERANCE)
+
+
+def read(path: Path) -> Record:
+    """The record in a file. Raises GoldenError where it cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            recorded: dict[str, str] = json.loads((file.metadata() or {}).get("digests", "{}"))
-            image, logits = file.get_tensor("image").float(), file.get_tensor("logits")
-            saliency, target = file.get_tensor("saliency"), int(file.get_tensor("target"))
+        with safe_open(path, framework="np") as file:
+            digests: dict[str, str] = json.loads((file.metadata() or {}).get("digests", "{}"))
+            return Record(
+                image=file.get_tensor("image").astype(np.float32),
+                target=int(file.get_tensor("target").item()),
+                logits=file.get_tensor("logits"),
+                saliency=file.get_tensor("saliency"),
+                digests=digests,
+            )
     except (SafetensorError, ValueError) as error:
         raise GoldenError(f"Golden record '{path}' cannot be read: {error}.") from error
-    for what, digest in _digests(explainer).items():
-        if recorded.get(what) != digest:
-            raise GoldenError(f"Golden record '{path}': {what} is {recorded.get(what)}, loaded is {digest}.")
-    explanation = _explained(explainer, image, target)
-    _compare("logits", explanation.logits.cpu().float(), logits, LOGITS_TOLERANCE)
-    _compare("saliency map", explanation.saliency().cpu().float(), saliency, MAP_TOLERANCE)
+
+
+def differs(path: Path, what: str, recorded: str | None, loaded: str) -> GoldenError:
+    """The error that the record is of other weights, or of another table."""
+    return GoldenError(f"Golden record '{path}': {what} is {recorded}, loaded is {loaded}.")
 
 
 def _explained(explainer: Explainer, image: Tensor, target: int) -> Explanation:
     """In full float32: TF32, cuDNN's default for convolutions, moves some maps by more than the tolerance."""
+    import torch
+
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         return explainer.explain(image, target)
 
 
 def _pattern(size: tuple[int, int]) -> Tensor:
     """Smooth coloured noise in normalised units, `(1, 3, h, w)`, representable in float16."""
+    import torch
+    from torch.nn.functional import interpolate
+
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, 7, 7, generator=generator)
     fine = torch.randn(1, 3, 29, 29, generator=generator)
@@ -91,14 +133,18 @@ def _digests(explainer: Explainer) -> dict[str, str]:
 
 
 def _model(explainer: Explainer) -> Model:
+    from parchgrad.models import Model
+
     if not isinstance(explainer.model, Model):
         raise GoldenError("A golden record needs a model package, not a bare module.")
     return explainer.model
 
 
-def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+def _compare(what: str, found: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> None:
     if found.shape != expected.shape:
         raise GoldenError(f"Golden {what} has shape {tuple(found.shape)}, recorded {tuple(expected.shape)}.")
-    distance = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    with np.errstate(invalid="ignore"):  # a damaged record may hold infinity, and be off by NaN
+        off = found.astype(np.float64) - expected
+    distance = float(np.linalg.norm(off)) / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
     if not distance <= tolerance:
         raise GoldenError(f"Golden {what} is off by {distance:.3g} (relative L2), allowed {tolerance}.")

@@ -1,4 +1,4 @@
-"""Naming a class: by index, or by one of its names."""
+"""Naming a class: by index, or by one of its names; and saying that a table has none of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import operator
 from collections.abc import Sequence
 
-from parchgrad.errors import UnknownTargetError
+from parchgrad.errors import UncoveredTargetError, UnknownTargetError
 
 
 def class_index(target: object, *names: Sequence[str]) -> int:
@@ -42,6 +42,14 @@ def nearest(text: str, names: Sequence[str]) -> str | None:
             known.setdefault(form.strip().casefold(), name)
     found = difflib.get_close_matches(text[:50].casefold(), known, n=1)
     return known[found[0]] if found else None
+
+
+def no_row_for(missing: Sequence[int], table: str, covered: int, labels: Sequence[str]) -> UncoveredTargetError:
+    """The error that `table`, with rows for `covered` of the classes `labels`, has none for these classes."""
+    return UncoveredTargetError(
+        f"Table '{table}' covers {covered} of the model's {len(labels)} classes; "
+        f"it has no row for target {', '.join(f'{t} ({labels[t]})' for t in missing)}."
+    )
 
 
 def _integer(value: object) -> int:

@@ -7,15 +7,19 @@ gradients and SmoothGrad need many, described here as the weighted points of one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from parchgrad.options import Options
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MANY_POINTS = ("integrated_gradients", "smoothgrad")
+
+# Of the points of integrated gradients and SmoothGrad computed in one pass: 16 points of 224 x 224.
+PIXELS_PER_PASS = 16 * 224 * 224
 
 
 class Point(NamedTuple):
@@ -39,13 +43,18 @@ def points(image: Tensor, options: Options, baseline: Tensor) -> Iterator[Point]
 
 
 def straight_path(image: Tensor, baseline: Tensor, steps: int) -> Iterator[Point]:
-    """Integrated gradients (Sundararajan et al. 2017): from `baseline` to `image`, Gauss-Legendre nodes.
+    """Integrated gradients (Sundararajan et al. 2017): from `baseline` to `image`, Gauss-Legendre nodes."""
+    for fraction, weight in straight_nodes(steps):
+        yield Point(baseline + fraction * (image - baseline), weight, fraction)
 
-    With `steps` nodes the quadrature is exact for polynomials up to degree `2 * steps - 1`.
+
+def straight_nodes(steps: int) -> list[tuple[float, float]]:
+    """How far each point of the path is from the baseline to the image, and its weight; the weights sum to 1.
+
+    With `steps` Gauss-Legendre nodes the quadrature is exact for polynomials up to degree `2 * steps - 1`.
     """
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        yield Point(baseline + float(node) * (image - baseline), float(weight), float(node))
+    return list(zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
 
 
 def noisy_copies(image: Tensor, samples: int, noise: float, seed: int) -> Iterator[Point]:
@@ -54,6 +63,8 @@ def noisy_copies(image: Tensor, samples: int, noise: float, seed: int) -> Iterat
     The noise is `torch.randn` of the image's shape in float32 from a CPU generator with `seed`, drawn
     `samples` times in turn: the same for an image whatever its batch-mates, dtype and device.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     sd = noise * (image.max() - image.min())
     for _ in range(samples):

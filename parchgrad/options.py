@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from parchgrad.defaults import CONSERVE, SELECTIONS, Defaults, is_gamma
 from parchgrad.errors import OptionError
-from parchgrad.rule import CONSERVE, is_gamma
-from parchgrad.tables import SELECTIONS, Defaults, Quantile
+from parchgrad.quantiles import Quantile
 
 METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
 SEEDS = ("logit", "probability_weighted_logit")
+
+# How a map is made of an attribution: `Explanation.saliency`.
+REDUCTIONS = ("mean_abs", "sum", "max_abs", "positive", "negative")
 
 MAX_STEPS = 1000
 
@@ -94,13 +97,18 @@ _TABLE_DEFAULTS = ("quantile", "gamma", "conserve", "selection", "layers", "norm
 
 
 def _column(name: str, given: Any, batch: int) -> Sequence[Any]:
-    value: Any = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
+    value: Any = given.tolist() if _is_array(given) else given
     single = not isinstance(value, Sequence) or isinstance(value, str)
     if single or (name == "layers" and all(isinstance(v, str) for v in value)):
         return [value] * batch
     if len(value) != batch:
         raise OptionError(name, value, f"one value, or one for each of the {batch} images")
     return list(value)
+
+
+def _is_array(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # whoever holds a tensor has imported it
+    return isinstance(value, np.ndarray) or (torch is not None and isinstance(value, torch.Tensor))
 
 
 def _patterns(layers: Any) -> tuple[Any, ...]:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parchgrad.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
     from torch import Tensor
+
+Pixels = NDArray[np.float32]  # of one image, normalised: (3, height, width)
 
 RULES = ("shorter_side", "stretch", "native")
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -60,36 +63,44 @@ class Preprocessing:
         _require(len(self.std) == 3 and min(self.std) > 0, "std", self.std, "three numbers > 0")
 
     def apply(self, image: Image) -> tuple[Tensor, Placement]:
-        """Upright RGB image -> normalised float32 `(3, h, w)` and its placement."""
+        """Upright RGB image -> normalised float32 `(3, h, w)` and its placement, to the bit what `array` gives."""
+        import torch
+
+        pixels, placement = self.array(image)
+        return torch.from_numpy(pixels), placement
+
+    def array(self, image: Image) -> tuple[Pixels, Placement]:
+        """`apply` without torch: an array."""
         if image.mode != "RGB":
             raise ModelError(f"Preprocessing expects an RGB image, got mode {image.mode}.")
         cut, placement = self._fit(image)
-        return self.normalise(cut), placement
+        return self._normalised(cut), placement
 
     def normalise(self, image: Image) -> Tensor:
         """Pixels of an RGB image to `(value / 255 - mean) / std`, float32 `(3, h, w)`."""
         import torch
 
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / 255
-        mean, std = self._statistics()
-        return (pixels - mean) / std
+        return torch.from_numpy(self._normalised(image))
 
-    def restore(self, pixels: Tensor) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+    def _normalised(self, image: Image) -> Pixels:
+        mean, std = self._statistics()
+        # Colours stay innermost in memory, as they come.
+        pixels = np.array(image, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32)
+        pixels /= np.float32(255)
+        pixels -= mean
+        pixels /= std
+        return pixels
+
+    def restore(self, pixels: Tensor | Pixels) -> NDArray[np.uint8]:
         """The inverse of `normalise`: `(3, h, w)` -> uint8 `(h, w, 3)`, for drawing."""
-        import torch
-
         mean, std = self._statistics()
-        values = pixels.cpu() * std + mean
-        out: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]] = (
-            (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-        )
-        return out
+        values = (pixels if isinstance(pixels, np.ndarray) else pixels.detach().cpu().float().numpy()) * std + mean
+        levels: NDArray[np.uint8] = np.clip(np.rint(values * np.float32(255)), 0, 255).astype(np.uint8)
+        return levels.transpose(1, 2, 0)
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """mean and std as float32 `(3, 1, 1)` on the CPU, whatever torch's global defaults are."""
-        import torch
-
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")[..., None, None]
+    def _statistics(self) -> tuple[Pixels, Pixels]:
+        """mean and std, `(3, 1, 1)`."""
+        mean, std = np.array([self.mean, self.std], dtype=np.float32)[..., None, None]
         return mean, std
 
     def _fit(self, image: Image) -> tuple[Image, Placement]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CONSERVE = ("independent", "exact", "none")
+from parchgrad.defaults import CONSERVE as CONSERVE  # explainer's and the engines' way to it
 
 
 class Conserve(NamedTuple):
@@ -33,17 +33,8 @@ class Conserve(NamedTuple):
         return cls(exact, none)
 
 
-# The largest finite gamma an explanation takes: the unselected side then counts for a millionth, and unconserved
-# factors, a product over the layers, overflow. The formulas below have no such bound.
-MAX_GAMMA = 1e6
-
 # Relative to M + N: below it a variance is rounding noise, whatever the gradient's scale.
 NEGLIGIBLE = 1e-12
-
-
-def is_gamma(value: float) -> bool:
-    """Whether an explanation takes this gamma: a number in [0, MAX_GAMMA], or infinity."""
-    return 0 <= value <= MAX_GAMMA or value == math.inf
 
 
 class Factors(NamedTuple):

@@ -9,10 +9,9 @@ memory, not read: a table costs what is used of it.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -24,10 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from parchgrad.errors import OptionError, TableError, UncoveredTargetError
+from parchgrad.defaults import CONSERVE, SELECTIONS, Defaults, is_gamma
+from parchgrad.errors import OptionError, TableError
 from parchgrad.files import file_sha256, write_tensors, write_text
-from parchgrad.layers import convolutions, match
-from parchgrad.rule import CONSERVE, is_gamma
+from parchgrad.labels import no_row_for
+from parchgrad.layers import convolutions
+from parchgrad.patterns import match
+from parchgrad.quantiles import quantile_of_layers as quantile_of_layers  # explainer's way to it
 from parchgrad.statistics import ClassMoments, benjamini_hochberg, normality_p, ranks, welch_log_p
 from parchgrad.versions import resolve_version
 
@@ -38,16 +40,12 @@ MANIFEST_FILE = "manifest.json"
 # Channels whose GAP features pass Shapiro-Wilk at this level are not selectable (method.md section 1).
 NORMALITY_LEVEL = 0.05
 
-SELECTIONS = ("class", "instance")
-
 # Where a GAP feature is taken: of the convolution's own output (the paper's), or of what the network's own
 # normalisation and activation make of it, as far as they follow alone (`built["points"]`, layer by layer).
 STATISTICS_POINTS = ("convolution", "activation")
 
 # What stands for the p-values: as they are, or adjusted for the false discovery rate within class and layer.
 CONTROLS = ("none", "benjamini_hochberg")
-
-Quantile = float | Mapping[str, float]
 
 
 class TableModel(Protocol):
@@ -61,25 +59,6 @@ class TableModel(Protocol):
     def labels(self) -> tuple[str, ...]: ...
     @property
     def module(self) -> nn.Module: ...
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """The options an explanation takes where the caller leaves them out."""
-
-    quantile: Quantile = 0.1
-    gamma: float = math.inf
-    conserve: str = "independent"
-    selection: str = "class"
-    layers: tuple[str, ...] = ("*",)
-    normality_filter: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "gamma": "inf" if math.isinf(self.gamma) else self.gamma, "layers": list(self.layers)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Defaults:
-        return cls(**{**data, "gamma": float(data["gamma"]), "layers": tuple(data["layers"])})
 
 
 @dataclass(frozen=True)
@@ -132,7 +111,7 @@ class SelectionTable:
     layers: dict[str, LayerTable]
     images_per_class: tuple[int, ...]
     built: dict[str, Any] = field(default_factory=dict)
-    defaults: Defaults = Defaults()
+    defaults: Defaults = field(default_factory=Defaults)
     version: str = "1"
     idle_layers: tuple[str, ...] = ()  # convolutions that run only in training, such as auxiliary heads
     left_out: tuple[str, ...] = ()  # convolutions that whoever built the table left out of it
@@ -177,10 +156,7 @@ class SelectionTable:
         rows = self.row_of_class[targets.cpu()]
         if bool((rows < 0).any()):
             missing = sorted({int(t) for t in targets[(rows < 0).to(targets.device)]})
-            raise UncoveredTargetError(
-                f"Table '{self.name}' covers {len(self.classes)} of the model's {len(self.labels)} classes; "
-                f"it has no row for target {', '.join(f'{t} ({self.labels[t]})' for t in missing)}."
-            )
+            raise no_row_for(missing, self.name, len(self.classes), self.labels)
         return rows
 
     def with_defaults(self, **changes: Any) -> SelectionTable:
@@ -312,23 +288,6 @@ class SelectionTable:
         self._expect("number of classes", len(self.labels), len(labels))
         for index, (mine, theirs) in enumerate(zip(self.labels, labels, strict=True)):
             self._expect(f"class {index}", mine, theirs)
-
-
-def quantile_of_layers(quantile: Quantile, names: Sequence[str]) -> dict[str, float]:
-    """Each layer's quantile: one number for all, or by glob pattern, the first that fits deciding.
-
-    Raises OptionError for a pattern that fits no layer and for a layer that fits no pattern.
-    """
-    if not isinstance(quantile, Mapping):
-        return dict.fromkeys(names, float(quantile))
-    chosen: dict[str, float] = {}
-    for pattern, value in quantile.items():
-        for name in match(names, [pattern], option="quantile"):
-            chosen.setdefault(name, float(value))
-    for name in names:
-        if name not in chosen:
-            raise OptionError("quantile", dict(quantile), f"a value for every layer; '{name}' has none")
-    return chosen
 
 
 def network_of(model: TableModel | nn.Module) -> nn.Module:

@@ -136,9 +136,10 @@ def table_build(
     An interrupted build goes on where it was when the same command is given again.
     """
     from parchgrad.build import Reader, Work, subject_of
+    from parchgrad.defaults import Defaults
     from parchgrad.files import claimed, remove
     from parchgrad.sources import open_source
-    from parchgrad.tables import Defaults, check_defaults
+    from parchgrad.tables import check_defaults
 
     loaded = load_named_model(model, models_dir)
     folder = _place(loaded, tables_dir, force)

@@ -27,16 +27,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import parchgrad
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, OptionError, TableError
 from parchgrad.evaluation.compare import measure, random_control
 from parchgrad.evaluation.images import LeftOut, Picture, Progress, mosaics_of, usable
 from parchgrad.explainer import Explainer
-from parchgrad.layers import match
 from parchgrad.options import Options
+from parchgrad.patterns import match
 from parchgrad.preprocessing import Preprocessing
-from parchgrad.selection import channels_of_quantile
+from parchgrad.quantiles import Quantile, channels_of_quantile, quantile_of_layers
 from parchgrad.sources import Source
-from parchgrad.tables import Defaults, Quantile, SelectionTable, quantile_of_layers
+from parchgrad.tables import SelectionTable
 
 CRITERIA = ("mass", "hits", "both")
 ALL, UPPER_HALF = "all", "upper-half"

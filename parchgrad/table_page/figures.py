@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import binom, hypergeom
 
-from parchgrad.selection import channels_of_quantile
+from parchgrad.quantiles import channels_of_quantile
 from parchgrad.tables import NORMALITY_LEVEL, LayerTable
 
 # The optimal order of the leaves takes time with the square of the classes and more: 400 take seconds.

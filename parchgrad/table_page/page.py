@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 
 from parchgrad.errors import OptionError, UncoveredTargetError
 from parchgrad.files import write_text
-from parchgrad.layers import match
 from parchgrad.models import Model
+from parchgrad.patterns import match
+from parchgrad.quantiles import Quantile, quantile_of_layers
 from parchgrad.sources import Source
 from parchgrad.table_page import figures, photographs
 from parchgrad.table_page.heat_map import CLASSES_WITH_NAMES, heat_map, limits, picture, scale
 from parchgrad.table_page.history import history, in_words
 from parchgrad.table_page.photographs import Progress
-from parchgrad.tables import Quantile, SelectionTable, quantile_of_layers
+from parchgrad.tables import SelectionTable
 
 # Up to this many classes every class gets pictures; of more only those that are named.
 CLASSES_WITH_PICTURES = 20

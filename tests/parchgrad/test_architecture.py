@@ -14,11 +14,18 @@ ROOT = Path(parchgrad.__file__).parent
 # Room -> the rooms it may import; `errors` is anyone's. "tensors only" rooms may import errors alone.
 MAY_IMPORT = {
     "errors": set(),
-    "rule": set(),
+    "patterns": set(),
+    "quantiles": {"patterns"},
+    "defaults": {"quantiles"},
+    "options": {"defaults", "quantiles"},
+    "methods": {"options"},
+    "interest": set(),
+    "labels": set(),
+    "rule": {"defaults"},
     "statistics": set(),
-    "selection": set(),
+    "selection": {"quantiles"},
     "render": set(),
-    "layers": set(),
+    "layers": {"patterns"},
     "files": set(),
     "versions": set(),
     "evaluation.maps": set(),
@@ -27,10 +34,24 @@ MAY_IMPORT = {
     "architectures": set(),
     "programs": {"layers"},
     "sources": set(),
-    "evidence": {"tables", "statistics", "files"},
+    "evidence": {"defaults", "tables", "statistics", "files"},
     "checkpoint": {"evidence", "files"},
-    "tables": {"statistics", "layers", "files", "versions", "selection", "options", "rule"},
-}
+    "tables": {"defaults", "files", "labels", "layers", "patterns", "quantiles", "statistics", "versions"},
+    "runtimes.interface": set(),
+    "runtimes.array_explanation": {"options"},
+    "runtimes.onnx_metadata": {"defaults", "labels", "options", "patterns", "preprocessing", "quantiles"},
+    "runtimes.onnx_runtime": {
+        "golden", "interest", "labels", "methods", "options", "patterns", "quantiles", "versions",
+        "runtimes.array_explanation", "runtimes.onnx_metadata",
+    },
+}  # fmt: skip
+
+# What works where torch is not installed, and all it imports.
+WITHOUT_TORCH = (
+    *("answers", "cli", "client", "defaults", "errors", "files", "golden", "interest", "labels", "methods", "options"),
+    *("patterns", "preprocessing", "quantiles", "render", "runtimes", "runtimes.array_explanation"),
+    *("runtimes.onnx_metadata", "runtimes.onnx_runtime", "statistics", "uploads", "versions"),
+)
 
 SERVICE_SIDE = {"bentoml", "starlette", "fastapi", "prometheus_client", "service", "os.environ"}
 
@@ -84,6 +105,74 @@ def test_importing_the_package_is_light():
     code = f"import sys, parchgrad; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert found.stdout.strip() == "[]"
+
+
+BLOCKED = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def without(blocked, code, *arguments):
+    """What Python says to `code` where these packages are not installed."""
+    program = f"blocked = {blocked}\n{BLOCKED}\nsys.path.insert(0, {str(ROOT.parent)!r})\n{code}"
+    command = [sys.executable, "-W", "error", "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize("name", ["parchgrad", *(f"parchgrad.{room}" for room in WITHOUT_TORCH)])
+def test_it_works_without_torch(name):
+    found = without(["torch", "torchvision"], f"import {name}")
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "blocked", "extra"),
+    [
+        *((name, "torch", "torch") for name in ("Explainer", "ParchGrad", "add_model", "load_model", "load_table")),
+        ("OnnxExplainer", "onnxruntime", "onnx"),
+    ],
+)
+def test_what_needs_a_package_that_is_not_there_says_so(name, blocked, extra):
+    code = f"import parchgrad\ntry:\n    parchgrad.{name}\nexcept parchgrad.ParchGradError as error:\n    print(error)"
+    found = without([blocked], code)
+    assert found.stdout == (
+        f"parchgrad.{name} needs {blocked}, which is not installed: pip install 'parchgrad[{extra}]'.\n"
+    )
+
+
+def test_an_image_becomes_an_input_without_torch():
+    code = (
+        "import PIL.Image; from parchgrad.preprocessing import Preprocessing\n"
+        "p = Preprocessing(size=(8, 6), rule='stretch')\n"
+        "pixels, placement = p.array(PIL.Image.new('RGB', (12, 16), (255, 0, 0)))\n"
+        "print(pixels.shape, p.restore(pixels)[0, 0].tolist(), placement.original_size)"
+    )
+    assert without(["torch"], code).stdout == "(3, 8, 6) [255, 0, 0] (12, 16)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "Predictions with ParchGrad saliency maps"),
+        (["serve", "--help"], 0, "Serve over HTTP from the checkout"),
+        (["serve", "--host", "no such host"], 1, "is no address to listen at here"),
+        (["explain", "any", "README.md", "--url", "ftp://here"], 1, "ftp://here"),
+        (["table", "show", "any"], 1, "Error: This command needs torch, which is not installed: pip install"),
+    ],
+    ids=["help", "serve --help", "serve", "explain --url", "table show"],
+)
+def test_the_commands_that_need_no_torch(arguments, code, said):
+    found = without(["torch", "torchvision"], "from parchgrad.cli import main; main()", *arguments)
+    assert found.returncode == code
+    assert said in found.stdout + found.stderr
+    assert "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("name", parchgrad.__all__)

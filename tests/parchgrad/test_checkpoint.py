@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(model, data, tmp_path, whole, 
 
     monkeypatch.setattr(checkpoint_module, "SHARE_OF_TIME", 1e9)
     with monkeypatch.context() as patched:
-        patched.setattr("parchgrad.files.save_file", full)
+        patched.setattr("safetensors.torch.save_file", full)
         with pytest.raises(OSError, match="No space left on device"):
             gathered(work, path)
     assert path.read_bytes() == written[-1]

@@ -451,6 +451,33 @@ def test_native_keeps_the_size_within_its_bounds(size, expected):
     assert placement.crop_box == (0, 0, *size)
 
 
+@pytest.mark.parametrize("rule", ["shorter_side", "stretch", "native"])
+def test_an_array_is_the_tensor_to_the_bit(rule):
+    preprocessing = Preprocessing(size=(40, 32), resize=44, rule=rule, std=(0.3, 0.21, 0.7))
+    image = picture(61, 53)
+    array, placement = preprocessing.array(image)
+    tensor, same = preprocessing.apply(image)
+    assert (array.dtype, tuple(tensor.shape), placement) == (np.float32, array.shape, same)
+    assert np.array_equal(array, tensor.numpy())
+    assert np.array_equal(preprocessing.restore(array), preprocessing.restore(tensor))
+
+
+def test_normalisation_is_that_of_torch_to_the_bit():
+    levels = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2).repeat(2, axis=1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (INPUT.mean, INPUT.std))
+    expected = (torch.from_numpy(levels).permute(2, 0, 1).to(torch.float32) / 255 - mean) / std
+    found = INPUT.normalise(Image.fromarray(levels))
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()  # engines choose kernels by it
+
+
+def test_restoring_takes_a_tensor_of_any_kind():
+    image = picture(20, 24)
+    pixels = INPUT.normalise(image)
+    for changed in (pixels.double(), pixels.half().requires_grad_()):
+        assert np.array_equal(INPUT.restore(changed), np.asarray(image))
+
+
 def test_normalise_and_restore_are_inverse():
     image = picture(48, 40)
     assert np.array_equal(INPUT.restore(INPUT.normalise(image)), np.asarray(image))

@@ -103,9 +103,9 @@ class Full:
 
 
 STEPS = {
-    "table": ("parchgrad.files.save_file", 1),
-    "golden": ("parchgrad.files.save_file", 2),
-    "evidence": ("parchgrad.files.save_file", 3),
+    "table": ("safetensors.torch.save_file", 1),
+    "golden": ("safetensors.torch.save_file", 2),
+    "evidence": ("safetensors.torch.save_file", 3),
     "flush of the table": ("parchgrad.files._flush", 1),
     "flush of the folder": ("parchgrad.files._flush", 5),
     "manifest": ("parchgrad.tables.write_text", 1),
@@ -128,7 +128,7 @@ def test_a_full_disk_at_any_step_leaves_what_was_there(model, evidence, tmp_path
     was = contents(tmp_path)
     name, at = STEPS[step]
     function = {
-        "parchgrad.files.save_file": files.save_file,
+        "safetensors.torch.save_file": save_file,
         "parchgrad.files._flush": files._flush,
         "parchgrad.tables.write_text": files.write_text,
     }.get(name)
