@@ -1,0 +1,1 @@
+"""Prediction and explanation as one plain ONNX graph."""
