@@ -15,7 +15,7 @@ from PIL import Image
 from parchgrad import __version__, render
 from parchgrad.answers import quantised
 from service import metrics
-from service.engine import Engine, Result
+from service.engine import Array, Engine, Result
 from service.errors import ServiceError
 from service.pipeline import Outcome, best
 from service.schemas import (
@@ -52,7 +52,6 @@ SMOOTH = 0.008  # of the picture's longer side: the map of single pixels is hard
 _QUALITY = re.compile(r"0(\.[0-9]*)?|1(\.0*)?", re.ASCII)  # RFC 9110, 12.4.2
 
 Clock = Callable[[], float]
-Array = np.ndarray[Any, Any]
 
 
 def accepted(header: str) -> str:
@@ -141,9 +140,7 @@ def identity(engine: Engine) -> ModelIdentity:
 
 
 def software(engine: Engine) -> Software:
-    import torch
-
-    return Software(parchgrad=__version__, runtime=f"torch {torch.__version__}", device=str(engine.explainer.device))
+    return Software(parchgrad=__version__, runtime=engine.runtime, device=engine.device)
 
 
 def _json(

@@ -1,29 +1,38 @@
-"""The model as the service runs it: load, self-test, and one call for a batch of jobs. Nothing here is asynchronous.
+"""The model as the service runs it: what every engine is asked, what it takes and gives. Runs nothing itself.
 
-All of it runs in threads of its own; torch is imported when the engine is made, never when this module is.
+An engine is one version of a model with its table on one runtime: PyTorch (`torch_engine.py`) or an exported graph on
+ONNX Runtime (`onnx_engine.py`). Nothing of it is asynchronous: all of it runs in threads of its own. Between the
+service and an engine go NumPy arrays only, so that nothing else of the service knows torch.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from parchgrad.errors import AbandonedError
-from service import memory
-from service.settings import Settings
-
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from parchgrad.options import Options
+    from parchgrad.preprocessing import Preprocessing
 
-log = logging.getLogger(__name__)
+Array = np.ndarray[Any, Any]
+Wanted = Callable[[], list[bool]]
 
 PREDICTED = -1  # target of a job that explains whatever class is predicted
+
+# How a runtime says that it had no memory, where that is an exception of no class of its own: torch's CPU allocator;
+# ONNX Runtime's arena, its allocator, C++ and CUDA behind it.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "Failed to allocate memory",
+    "bad_alloc",
+    "is smaller than requested bytes",
+    "CUDA out of memory",
+    "CUDA failure 2:",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Explained:
 class Job:
     """One image for the device: `tensor` normalised float32 (3, h, w); without `explained`, only predicted."""
 
-    tensor: Tensor
+    tensor: Array
     explained: Explained | None = None
 
     @property
@@ -59,10 +68,10 @@ class Job:
 class Result:
     """What the device gave for one job; arrays float32 on the CPU. A job only predicted has no saliency."""
 
-    logits: np.ndarray[Any, Any]  # (classes,)
-    probabilities: np.ndarray[Any, Any]  # (classes,)
+    logits: Array  # (classes,)
+    probabilities: Array  # (classes,)
     target: int = PREDICTED
-    saliency: np.ndarray[Any, Any] | None = None  # (h, w); None also where the target has no row in the table
+    saliency: Array | None = None  # (h, w); None also where the target has no row in the table
     covered: bool = True
     identity_layers: int = 0
 
@@ -71,126 +80,135 @@ class DeviceMemoryError(Exception):
     """The device has not the memory for this batch; a smaller one may fit."""
 
 
-class Engine:
-    """One version of a model and its table. Raises what the library raises when either is not right."""
+class ServedModel(Protocol):
+    """What the service asks of a model."""
 
-    def __init__(self, settings: Settings, name: str, version: str) -> None:
-        import torch
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def weights_sha256(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    def class_index(self, target: object) -> int:
+        """Index of a class given by index, name or id. Raises parchgrad.errors.UnknownTargetError."""
 
-        import parchgrad
-        from parchgrad.errors import ModelError
 
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        self.model = parchgrad.load_model(settings.models_dir / name / version)
-        if self.model.name != name:
-            raise ModelError(f"Model folder '{name}/{version}' holds model '{self.model.name}', expected '{name}'.")
-        table = settings.tables_dir / name / version
-        self.table = parchgrad.load_table(table, self.model, mapped=settings.map_tables)
-        self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device, backward=settings.backward)
-        if self.explainer.dense_because is not None:
-            log.info("Model %s/%s has the dense backward pass: %s", name, version, self.explainer.dense_because)
-        self._max_batch, self._max_batch_pixels = settings.max_batch, settings.batch_pixels
+class ServedTable(Protocol):
+    """What the service asks of a selection table."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def table_sha256(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def classes(self) -> tuple[int, ...]: ...
+    def manifest(self) -> dict[str, Any]: ...
+
+
+class Engine(Protocol):
+    """One version of a model and its table, loaded."""
+
+    @property
+    def model(self) -> ServedModel: ...
+    @property
+    def table(self) -> ServedTable: ...
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers that the rule may act on, in the order in which quantiles are given one by one."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def runtime(self) -> str:
+        """Its name and version, as answers carry them: `torch 2.14.1`."""
+
+    @property
+    def platform(self) -> str:
+        """What the Open Inference Protocol calls it."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options of a map whose caller gives none, as JSON: the table's, and this runtime's own."""
+
+    @property
+    def cannot(self) -> dict[str, str]:
+        """Options of which this runtime takes less than others do: what it takes of them, in words."""
 
     def self_test(self) -> None:
         """Explain the golden image and compare. Raises parchgrad.errors.GoldenError."""
-        from parchgrad import golden
 
-        assert self.table.folder is not None  # a loaded table has one
-        golden.check(self.explainer, self.table.folder)
+    def options(self, given: Mapping[str, Any]) -> Options:
+        """`given` over the table's defaults, held to model, table and runtime. Raises parchgrad.errors.OptionError."""
 
     def capacity(self, job: Job) -> int:
-        """How many jobs like this one go into one call: bounded in images, and in input pixels times passes.
+        """How many jobs like this one go into one call."""
 
-        A call may end early for its own callers, never for others: what it takes is what everybody else waits.
-        """
-        pixels = int(job.tensor.shape[-2] * job.tensor.shape[-1]) * job.passes
-        return max(1, min(self._max_batch, self._max_batch_pixels // pixels))
-
-    def options(self, given: dict[str, Any]) -> Options:
-        """`given` over the table's defaults, held to model and table. Raises parchgrad.errors.OptionError."""
-        from parchgrad.layers import match
-        from parchgrad.options import per_image
-
-        (options,) = per_image(1, self.table.defaults, given)
-        match(self.explainer.layer_names, options.layers)
-        self.explainer.require_statistics([options])
-        return options
-
-    def run(self, jobs: Sequence[Job], wanted: Callable[[], list[bool]] | None = None) -> list[Result | None]:
+    def run(self, jobs: Sequence[Job], wanted: Wanted | None = None) -> list[Result | None]:
         """Results in the order of `jobs`, which share one group. Raises DeviceMemoryError.
 
         `wanted`, asked between the passes of an explanation: for each job, whether somebody waits for it. One that is
         not wanted is given up, and its result is None.
         """
-        try:
-            return self._run(jobs, wanted)
-        except AbandonedError:
-            return [None] * len(jobs)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = f"The device has not the memory for {len(jobs)} images."
-        # Outside the handler: the exception's frames hold the tensors that are to be given back.
-        _release_cached_memory()
-        raise DeviceMemoryError(message)
 
-    def _run(self, jobs: Sequence[Job], wanted: Callable[[], list[bool]] | None) -> list[Result | None]:
-        import torch
 
-        from parchgrad.explainer import PIXELS_PER_PASS
+@dataclass(frozen=True)
+class Room:
+    """What one call of the device may take.
 
-        images = torch.stack([job.tensor for job in jobs])
-        asked = [job.explained for job in jobs if job.explained is not None]
-        if not asked:
-            logits = self.explainer.predict(images)
-            each_softmax = logits.float().softmax(dim=1)
-            both = zip(logits.float().cpu().numpy(), each_softmax.cpu().numpy(), strict=True)
-            return [Result(row, softmax) for row, softmax in both]
-        each = [one.options for one in asked]
-        columns: dict[str, Any] = {f.name: [getattr(options, f.name) for options in each] for f in fields(each[0])}
-        explanation = self.explainer.explain(
-            images,
-            [one.target for one in asked],
-            uncovered="nan",
-            wanted=wanted,
-            pixels_per_pass=min(self._max_batch_pixels, PIXELS_PER_PASS),
-            **columns,
-        )
-        maps = {
-            reduction: explanation.saliency(reduction).float().cpu().numpy()
-            for reduction in {one.reduction for one in asked}
-        }
-        rows = explanation.logits.float().cpu().numpy()
-        probabilities = explanation.probabilities().float().cpu().numpy()
-        targets, covered = explanation.targets.tolist(), explanation.covered.tolist()
-        identity, complete = explanation.identity_layers.tolist(), explanation.complete.tolist()
+    A call may end early for its own callers, never for others: what it takes is what everybody else waits.
+    """
+
+    images: int
+    pixels: int  # of input, times passes
+
+    def capacity(self, job: Job) -> int:
+        pixels = int(job.tensor.shape[-2] * job.tensor.shape[-1]) * job.passes
+        return max(1, min(self.images, self.pixels // pixels))
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What an engine gave for a batch of explanations, row by row."""
+
+    logits: Array  # (B, classes) float32
+    probabilities: Array  # (B, classes) float32
+    targets: list[int]
+    covered: list[bool]
+    complete: list[bool]
+    identity_layers: list[int]
+    maps: Mapping[str, Array]  # by reduction: (B, h, w) float32
+
+    def results(self, asked: Sequence[Explained]) -> list[Result | None]:
         return [
             Result(
-                logits=rows[i],
-                probabilities=probabilities[i],
-                target=targets[i],
-                saliency=maps[asked[i].reduction][i] if covered[i] else None,
-                covered=covered[i],
-                identity_layers=identity[i],
+                logits=self.logits[i],
+                probabilities=self.probabilities[i],
+                target=self.targets[i],
+                saliency=self.maps[one.reduction][i] if self.covered[i] else None,
+                covered=self.covered[i],
+                identity_layers=self.identity_layers[i],
             )
-            if complete[i]
+            if self.complete[i]
             else None
-            for i in range(len(jobs))
+            for i, one in enumerate(asked)
         ]
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def columns(asked: Sequence[Explained]) -> dict[str, Any]:
+    """The options of a batch as `explain` takes them: for each option a value an image."""
+    each = [one.options for one in asked]
+    return {f.name: [getattr(options, f.name) for options in each] for f in fields(each[0])}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory, on the device or beside it."""
-    import torch
-
-    # The CPU's allocator has no class of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _release_cached_memory() -> None:
-    import torch
-
-    memory.give_back()  # what malloc keeps of the failed batch is wanted elsewhere
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch = sys.modules.get("torch")  # what has not been imported has raised nothing
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -135,8 +135,8 @@ async def model(request: Request) -> Response:
             labels=list(engine.model.labels),
             input=asdict(engine.model.preprocessing),
             table={key: value for key, value in engine.table.manifest().items() if key != "labels"},
-            options=option_defaults(engine.table.defaults.to_json(), settings.timeout_ms),
-            bounds=option_bounds(len(engine.model.labels), engine.explainer.layer_names, settings.max_timeout_ms),
+            options=option_defaults(engine.defaults, settings.timeout_ms),
+            bounds=option_bounds(len(engine.model.labels), engine.layer_names, settings.max_timeout_ms) | engine.cannot,
             limits={
                 "image_bytes": settings.max_image_bytes,
                 "image_pixels": settings.max_image_pixels,

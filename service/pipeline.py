@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from PIL.Image import Image as Pixels
@@ -25,7 +25,16 @@ from service import images, metrics
 from service.audit import Audit
 from service.batching import DeadlineError, QueueFullError
 from service.body import BodyMemory
-from service.engine import PREDICTED, DeviceMemoryError, Explained, Job, Result, is_out_of_memory
+from service.engine import (
+    PREDICTED,
+    Array,
+    DeviceMemoryError,
+    Explained,
+    Job,
+    Result,
+    ServedModel,
+    is_out_of_memory,
+)
 from service.errors import ServiceError, from_exception
 from service.fleet import Fleet
 from service.repository import Served
@@ -33,9 +42,6 @@ from service.schemas import ExplainWhen, ImageOptions
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from parchgrad.models import Model
     from parchgrad.options import Options
     from parchgrad.preprocessing import Placement
 
@@ -46,7 +52,7 @@ MAX_STRIP_SIDE = 4096  # pixels: but a narrow one is to be as wide as its map
 LAG_SLEEP = 0.01  # seconds
 MAP_SHARE = 0.8  # of an image's time; what remains is for the prediction without its map
 
-Image: TypeAlias = "IO[bytes] | Tensor"  # an encoded file, or a normalised float32 tensor (3, h, w)
+Image: TypeAlias = IO[bytes] | Array  # an encoded file, or a normalised float32 tensor (3, h, w)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Request:
 class Prepared:
     """A decoded image: the model's input, where it lies on the upright original, and what to draw on."""
 
-    tensor: "Tensor"
+    tensor: Array
     placement: "Placement | None"  # None where the caller sent the model's input itself
     orientation: int
     backdrop: Pixels | None
@@ -273,21 +279,20 @@ class Pipeline:
 
     def _prepare(self, served: Served, request: Request) -> Prepared:
         start = time.perf_counter()
-        if not hasattr(request.image, "read"):
-            tensor = request.image
-            return Prepared(tensor, None, 1, None, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())
-        data = cast("IO[bytes]", request.image).read(self.settings.max_image_bytes + 1)
+        if isinstance(request.image, np.ndarray):
+            return Prepared(request.image, None, 1, None, hashlib.sha256(request.image.tobytes()).hexdigest())
+        data = request.image.read(self.settings.max_image_bytes + 1)
         encoded = images.inspect(data, self.settings.image_limits)
         with self._budget.hold(encoded.pixels):
             picture = encoded.decode()
-            tensor, placement = served.engine.model.preprocessing.apply(picture.image)
+            tensor, placement = served.engine.model.preprocessing.array(picture.image)
             backdrop = _backdrop(picture.image, placement, *tensor.shape[-2:]) if request.draws else None
         digest = hashlib.sha256(data).hexdigest()
         metrics.decode_seconds.observe(time.perf_counter() - start)
         return Prepared(tensor, placement, picture.orientation, backdrop, digest)
 
 
-def _class_index(model: "Model", text: str, option_is: str, also: str = "") -> int:
+def _class_index(model: ServedModel, text: str, option_is: str, also: str = "") -> int:
     """The class that an option's text names; `also`: what else it may say. Raises ServiceError(unknown_class)."""
     try:
         return model.class_index(text)

@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from parchgrad.errors import ParchGradError, TableError
-from parchgrad.versions import versions_of
-from service import memory, metrics
+from parchgrad.errors import ParchGradError
+from service import memory, metrics, versions
 from service.batching import Batcher
 from service.engine import DeviceMemoryError, Engine, Job, Result
 from service.errors import ServiceError
-from service.settings import NAME, PREFIX, PROJECT_ROOT, Settings, SettingsError
+from service.settings import NAME, Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -28,38 +27,6 @@ FORESEEN = (ParchGradError, ServiceError, SettingsError)  # their messages say a
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"  # as Triton's repository index has them
 STILL_LOADING = "The model is still loading."
-
-
-def check(settings: Settings) -> None:
-    """Raises SettingsError where a model that is to be served, its version or its table is not there. Opens no file."""
-    for variable, folder in (("MODELS_DIR", settings.models_dir), ("TABLES_DIR", settings.tables_dir)):
-        if not folder.is_dir():
-            raise SettingsError(f"{PREFIX}{variable}", _given(folder), "a folder that exists")
-    for name, pinned in settings.entries:
-        variable = f"{PREFIX}MODEL" if name == settings.entries[0][0] else f"{PREFIX}MODELS"
-        there = versions_of(settings.models_dir / name)
-        if not there:
-            known = ", ".join(f"'{one}'" for one in settings.names_there) or "none"
-            raise SettingsError(variable, name, f"a model of {_given(settings.models_dir)}; there is {known}")
-        if pinned and pinned not in there:
-            raise SettingsError(variable, f"{name}/{pinned}", f"a version of '{name}'; there is {', '.join(there)}")
-        for version in _chosen(settings, pinned, there):
-            if not (settings.tables_dir / name / version).is_dir():
-                tables = ", ".join(f"{name}/{one}" for one in versions_of(settings.tables_dir / name)) or "none"
-                allowed = f"a folder with the selection table {name}/{version}; there is {tables}"
-                raise SettingsError(f"{PREFIX}TABLES_DIR", _given(settings.tables_dir), allowed)
-
-
-def _given(folder: Path) -> str:
-    """A folder of the settings as it is written in them: relative ones start at the project root."""
-    return str(folder.relative_to(PROJECT_ROOT) if folder.is_relative_to(PROJECT_ROOT) else folder)
-
-
-def _chosen(settings: Settings, pinned: str | None, there: list[str]) -> list[str]:
-    """Which versions the settings ask for, of those that are `there`, newest first."""
-    if pinned:
-        return [pinned]
-    return there if settings.versions == "all" else there[:1]
 
 
 @dataclass(frozen=True)
@@ -180,8 +147,8 @@ class Repository:
             yield served
 
     def _find(self, name: str, version: str | None) -> Served:
-        versions = self._served.get(name)
-        if not versions:
+        loaded = self._served.get(name)
+        if not loaded:
             for state in self._states.get(name, ()):
                 raise ServiceError("not_ready", state.reason or f"Model '{name}' is still loading.")
             if name in self._unloaded:
@@ -189,11 +156,11 @@ class Repository:
             there = ", ".join(f"'{one}'" for one in sorted(self._served)) or "none"
             raise ServiceError("unknown_model", f"There is no model {name[:64]!r}; there is {there}.")
         if version is None:
-            return versions[_newest_first(versions)[0]]
-        if version not in versions:
-            there = ", ".join(f"'{one}'" for one in _newest_first(versions))
+            return loaded[_newest_first(loaded)[0]]
+        if version not in loaded:
+            there = ", ".join(f"'{one}'" for one in _newest_first(loaded))
             raise ServiceError("unknown_version", f"Model '{name}' has no version {version[:64]!r}; it has {there}.")
-        return versions[version]
+        return loaded[version]
 
     # --- changing -------------------------------------------------------------------------------------
 
@@ -244,10 +211,10 @@ class Repository:
         """Stop all queues; what waits in them is cancelled."""
         if self._first is not None:
             self._first.cancel()
-        versions = [served for name in self._served for served in self._served[name].values()]
+        all_served = [served for name in self._served for served in self._served[name].values()]
         self._served.clear()
         self._states.clear()
-        await asyncio.gather(*(served.retire() for served in versions), *self._retiring, return_exceptions=True)
+        await asyncio.gather(*(served.retire() for served in all_served), *self._retiring, return_exceptions=True)
         for lane in (self._predict_lane, self._map_lane, self._loader):
             lane.shutdown(wait=False, cancel_futures=True)
 
@@ -264,7 +231,8 @@ class Repository:
         if text.startswith(f"Model '{name}' "):
             text = "it" + text.removeprefix(f"Model '{name}'")
         log.error("%s %s", start, text)
-        return f"{start} {_without_folders(text, (self._settings.models_dir, self._settings.tables_dir))}"
+        settings = self._settings
+        return f"{start} {_without_folders(text, (settings.models_dir, settings.tables_dir, settings.graphs_dir))}"
 
     def _serve(self, name: str, served: dict[str, Served]) -> None:
         self._served[name] = served
@@ -273,8 +241,8 @@ class Repository:
         for one in served.values():
             metrics.model_info.labels(*_identity(one)).set(1)
 
-    def _retire(self, versions: dict[str, Served]) -> None:
-        for served in versions.values():
+    def _retire(self, replaced: dict[str, Served]) -> None:
+        for served in replaced.values():
             if not any(_identity(served) == _identity(other) for other in self.listing()):
                 metrics.model_info.labels(*_identity(served)).set(0)
             task = asyncio.get_running_loop().create_task(_give_back(served))
@@ -287,11 +255,8 @@ class Repository:
 
     def _made(self, name: str, version: str) -> Served:
         settings = self._settings
-        _check_device(settings.device)
-        table = settings.tables_dir / name / version
-        if not table.is_dir():
-            raise TableError(f"There is no selection table for {name}/{version}; expected one in {table}.")
-        engine = Engine(settings, name, version)
+        engine = versions.load(settings, name, version)
+        log.info("Model %s/%s runs on %s, %s.", name, version, engine.runtime, engine.device)
         if settings.self_test:
             engine.self_test()
 
@@ -313,26 +278,16 @@ class Repository:
         if pinned and pinned not in there:
             known = ", ".join(there)
             raise ServiceError("unknown_version", f"Model '{name}' has no version {pinned} on disk; there is {known}.")
-        return _chosen(self._settings, pinned, there)
+        return versions.chosen(self._settings, pinned, there)
 
     def _folder_versions(self, name: str) -> list[str]:
-        """Version folders of a model, newest first. Raises ServiceError(unknown_model) where there is none."""
+        """Versions of a model on the disk, newest first. Raises ServiceError(unknown_model) where there is none."""
         if not re.fullmatch(NAME, name):
             raise ServiceError("unknown_model", f"There is no model {name[:64]!r} in the repository.")
-        found = versions_of(self._settings.models_dir / name)
+        found = self._settings.versions_there(name)
         if not found:
             raise ServiceError("unknown_model", f"There is no model '{name}' in the repository.")
         return found
-
-
-def _check_device(device: str) -> None:
-    """Raises SettingsError where torch sees no such device; asked of workers alone, as it loads torch."""
-    import torch
-
-    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    wanted = "cuda:0" if device == "cuda" else device
-    if wanted not in known:
-        raise SettingsError(f"{PREFIX}DEVICE", device, f"a device that is here: {', '.join(known)}")
 
 
 def _without_folders(text: str, folders: Iterable[Path]) -> str:
@@ -342,8 +297,8 @@ def _without_folders(text: str, folders: Iterable[Path]) -> str:
     return re.sub(r"(?<![\w./])/(?:[^\s/'\"]+/)+", "", text)
 
 
-def _newest_first(versions: dict[str, Served]) -> list[str]:
-    return sorted(versions, key=int, reverse=True)
+def _newest_first(served: dict[str, Served]) -> list[str]:
+    return sorted(served, key=int, reverse=True)
 
 
 def _identity(served: Served) -> tuple[str, str, str, str]:

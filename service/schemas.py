@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from parchgrad.defaults import CONSERVE, SELECTIONS
+from parchgrad.options import METHODS, SEEDS
 from parchgrad.render import COLORMAPS, OVERLAYS, REDUCTION_OF_POLARITY
 from service.errors import STATUS, ServiceError
 
@@ -20,12 +22,6 @@ MAX_PASSES = 100  # steps or samples of one image: while it is waited for, the o
 MAX_TEXT = 1000  # characters of an option: options are held against the model on the event loop
 MAX_PARTS = 50  # patterns or classes in one
 DEFAULT_TOP_K = 5
-
-# The library's, whose modules load torch, which the supervisor must not; the tests hold these to the library.
-METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
-SELECTIONS = ("class", "instance")
-CONSERVE = ("independent", "exact", "none")
-SEEDS = ("logit", "probability_weighted_logit")
 
 # Options that take part in a map only under one method, or only under the rule: elsewhere they are refused, and an
 # answer does not carry them.
@@ -387,10 +383,10 @@ def _of_image(values: dict[str, Any]) -> ImageOptions:
     return ImageOptions(explain=explain, drawing=drawing, **values)
 
 
-def option_defaults(table: Mapping[str, Any], timeout_ms: int) -> dict[str, Any]:
-    """What /explain takes where nothing is given; `table` is its defaults as JSON, which come before ours."""
+def option_defaults(engine: Mapping[str, Any], timeout_ms: int) -> dict[str, Any]:
+    """What /explain takes where nothing is given; `engine`: the table's and the runtime's, which come before ours."""
     ours = {option.name: option.default for option in OPTIONS.values() if option.default is not None}
-    return {**ours, "timeout_ms": timeout_ms, **table}
+    return {**ours, "timeout_ms": timeout_ms, **engine}
 
 
 def timeout_kind(max_timeout_ms: int) -> Kind:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import bentoml
 from starlette.exceptions import HTTPException
 
-from service import access, audit, connections, memory, metrics, repository
+from service import access, audit, connections, memory, metrics, repository, versions
 from service.access import Gate
 from service.app import Envelope, create_app, error_body
 from service.draining import drain_on_sigterm
@@ -31,7 +31,7 @@ try:
     # Asked of the supervisor alone: a bento may be built without its models, and a worker that takes another's place
     # stays alive, and says on /readyz that what it began with is gone.
     if access.bind_host() is not None:
-        repository.check(SETTINGS)
+        versions.check(SETTINGS)
 except SettingsError as error:
     raise SystemExit(f"Error: {error}") from None
 connections.install(SETTINGS)

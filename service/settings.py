@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 LINE = r"[^\n]*"
 KEYS = "NAME:SHA256[:PER_MINUTE], comma-separated"
 ENTRY = rf"{NAME}(/[1-9][0-9]*)?"
+GRAPH_FILE = "model.onnx"  # of a version folder, as Triton has it
 
 
 class SettingsError(Exception):
@@ -43,6 +45,14 @@ class Settings:
 
     models_dir: Path = field(default=PROJECT_ROOT / "models", metadata={"help": "folder of model packages"})
     tables_dir: Path = field(default=PROJECT_ROOT / "selection_tables", metadata={"help": "folder of selection tables"})
+    graphs_dir: Path = field(
+        default=PROJECT_ROOT / "onnx_graphs",
+        metadata={"help": "folder of exported graphs, a Triton repository: NAME/VERSION/model.onnx"},
+    )
+    runtime: str = _matching(
+        "auto", "auto|torch|onnx", "auto, torch or onnx",
+        "what runs the models; auto: torch on a GPU, else a version's graph where there is one, else torch",
+    )  # fmt: skip
     model: str = _matching("scenes", ENTRY, "NAME or NAME/VERSION", "model that answers where none is named")
     models: str = _matching(
         "", rf"|\*|{ENTRY}(,{ENTRY})*", "NAME[/VERSION],..., or *", "further models to serve; * = every one there is"
@@ -53,7 +63,7 @@ class Settings:
     backward: str = _matching(
         "auto", "auto|pruned|dense", "auto, pruned or dense", "backward pass of maps; auto: pruned where it can be"
     )
-    threads: int = _within(0, 0, 1024, "torch threads of the device thread; 0 leaves torch's own choice")
+    threads: int = _within(0, 0, 1024, "threads of the runtime in a device thread; 0 leaves its own choice")
     workers: int = _within(1, 1, 64, "worker processes, each with its own model and batcher")
     self_test: bool = _switch(True, "ready only after the golden image's map matched")
     max_image_bytes: int = _within(20_000_000, 1, 2**31, "largest encoded image, bytes")
@@ -115,7 +125,7 @@ class Settings:
 
     @property
     def entries(self) -> list[tuple[str, str | None]]:
-        """What to serve: (name, version or None), the default model first. `*` is looked up in `models_dir`."""
+        """What to serve: (name, version or None), the default model first. `*` is looked up in the folders."""
         texts = [self.model, *filter(None, self.models.split(","))]
         if self.models == "*":
             texts = [self.model, *self.names_there]
@@ -126,9 +136,35 @@ class Settings:
         return list(chosen.items())
 
     @property
+    def runs_torch(self) -> bool:
+        """Whether model packages may be run. Imports nothing: the supervisor asks it too."""
+        return self.runtime == "torch" or (self.runtime == "auto" and is_installed("torch"))
+
+    @property
+    def runs_graphs(self) -> bool:
+        """Whether exported graphs may be run."""
+        return self.runtime == "onnx" or (self.runtime == "auto" and is_installed("onnxruntime"))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where versions of models are looked for."""
+        return (*([self.models_dir] * self.runs_torch), *([self.graphs_dir] * self.runs_graphs))
+
+    @property
     def names_there(self) -> list[str]:
-        """The models of `models_dir`: the folders in it that hold a version."""
-        return sorted(p.name for p in self.models_dir.glob("*") if re.fullmatch(NAME, p.name) and versions_of(p))
+        """The models of `folders`: what in them holds a version."""
+        names = {p.name for folder in self.folders for p in folder.glob("*") if re.fullmatch(NAME, p.name)}
+        return sorted(name for name in names if self.versions_there(name))
+
+    def versions_there(self, name: str) -> list[str]:
+        """Versions of a model in `folders`, newest first."""
+        packages = versions_of(self.models_dir / name) if self.runs_torch else []
+        graphs = versions_of(self.graphs_dir / name) if self.runs_graphs else []
+        return sorted({*packages, *(one for one in graphs if self.graph(name, one).is_file())}, key=int, reverse=True)
+
+    def graph(self, name: str, version: str) -> Path:
+        """Where the exported graph of a version lies, if there is one."""
+        return self.graphs_dir / name / version / GRAPH_FILE
 
     @property
     def image_limits(self) -> ImageLimits:
@@ -153,6 +189,11 @@ class Settings:
                 question = f"; did you mean {PREFIX}{nearest[0]}?" if nearest else ""
                 raise SettingsError(name, given[name], f"one of the settings {', '.join(sorted(known))}{question}")
         return cls(**{known[name].name: _parse(name, text, known[name]) for name, text in given.items()})
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return find_spec(package) is not None
 
 
 def _parse(variable: str, text: str, item: Any) -> Any:

@@ -23,7 +23,6 @@ from service.protocols.open_inference import Array, InferRequest, InferResponse,
 from service.repository import Served
 from service.schemas import OPTIONS, Drawing, ImageOptions, parse_options
 
-PLATFORM = "parchgrad_pytorch"
 BASE64_PIECE = 1 << 20  # characters: the decoder holds the interpreter, and with it the event loop, for a piece
 
 
@@ -37,7 +36,9 @@ class Spec:
 
 
 IMAGES, IMAGE_BYTES = "images", "image_bytes"
-PER_IMAGE = (Spec("target", "INT64"), Spec("quantile", "FP32"), Spec("gamma", "FP32"))
+TARGET, QUANTILE = Spec("target", "INT64"), Spec("quantile", "FP32")
+PER_IMAGE = (TARGET, QUANTILE, Spec("gamma", "FP32"))
+TARGETS = "targets"  # the input `target` of an exported graph: in an ONNX file no input is called as an output is
 
 # A map is a tensor here: there is no picture to draw and no encoding or listing to choose.
 _NATIVE_ONLY = {"saliency", "top_k", *(one.name for one in fields(Drawing))}
@@ -74,7 +75,7 @@ def metadata(engine: Engine, versions: Sequence[str]) -> dict[str, Any]:
     return {
         "name": engine.model.name,
         "versions": list(versions),
-        "platform": PLATFORM,
+        "platform": engine.platform,
         "inputs": [described(spec) for spec in inputs(engine)],
         "outputs": [described(spec) for spec in outputs(engine)],
     }
@@ -90,7 +91,7 @@ def config(engine: Engine, max_images: int) -> dict[str, Any]:
 
     return {
         "name": engine.model.name,
-        "platform": PLATFORM,
+        "platform": engine.platform,
         "backend": "parchgrad",
         "max_batch_size": max_images,
         "input": [{**described(spec), "optional": True} for spec in inputs(engine)],
@@ -113,8 +114,9 @@ async def infer(
 
     Raises ServiceError; an image's own error fails the request and names the image.
     """
+    request = _with_our_names(request)
     images = await asyncio.to_thread(_images, served.engine, request, pipeline.settings.max_images)
-    asked = _options(request, len(images))
+    asked = _options(served.engine, request, len(images))
     _check_outputs(served.engine, request, len(images))
     checked = pipeline.check(served, images, asked, explain=True, draw=False, arrival=arrival)
     if not request.wants("saliency"):
@@ -132,6 +134,16 @@ def all_of(outcomes: Sequence[Outcome | ServiceError]) -> list[Outcome]:
     return [one for one in outcomes if isinstance(one, Outcome)]
 
 
+def _with_our_names(request: InferRequest) -> InferRequest:
+    """The request with `targets` called `target`: what is sent to an exported graph may be sent here too."""
+    if TARGETS not in request.inputs:
+        return request
+    if TARGET.name in request.inputs:
+        raise ServiceError("malformed_request", f"Inputs '{TARGET.name}' and '{TARGETS}' are one; give one of them.")
+    given = {name: tensor for name, tensor in request.inputs.items() if name != TARGETS}
+    return replace(request, inputs={**given, TARGET.name: replace(request.inputs[TARGETS], name=TARGET.name)})
+
+
 def _images(engine: Engine, request: InferRequest, most: int) -> list[Image]:
     given = [name for name in (IMAGES, IMAGE_BYTES) if name in request.inputs]
     if len(given) != 1:
@@ -145,13 +157,22 @@ def _images(engine: Engine, request: InferRequest, most: int) -> list[Image]:
                 "malformed_request",
                 f"Model '{engine.model.name}' has no input {other.name[:64]!r}; its inputs are {', '.join(known)}.",
             )
-        _check(other, known[other.name])
+        _check(other, _as_given(engine, other, known[other.name]))
     count = tensor.shape[0]
     if not count:
         raise ServiceError("no_image", f"Input '{name}' holds no image.")
     if count > most:
         raise ServiceError("too_many_images", f"Input '{name}' holds {count} images; at most {most} are accepted.")
     return _tensors(engine, tensor) if name == IMAGES else _files(tensor)
+
+
+def _as_given(engine: Engine, tensor: Tensor, spec: Spec) -> Spec:
+    """`quantile` may have a number for each layer instead of one."""
+    return replace(spec, sides=tensor.shape[1:]) if spec == QUANTILE and _is_by_layer(engine, tensor) else spec
+
+
+def _is_by_layer(engine: Engine, quantile: Tensor) -> bool:
+    return quantile.shape[1:] == (len(engine.layer_names),) != (1,)
 
 
 def _check(tensor: Tensor, spec: Spec) -> None:
@@ -171,8 +192,6 @@ def _check(tensor: Tensor, spec: Spec) -> None:
 
 
 def _tensors(engine: Engine, tensor: Tensor) -> list[Image]:
-    import torch
-
     preprocessing, (height, width) = engine.model.preprocessing, tensor.shape[-2:]
     if preprocessing.rule == "native":
         low, high = preprocessing.min_side, preprocessing.max_side
@@ -182,8 +201,8 @@ def _tensors(engine: Engine, tensor: Tensor) -> list[Image]:
             )
     if not np.isfinite(tensor.data).all():
         raise ServiceError("malformed_request", f"Input '{IMAGES}' has values that are not finite.")
-    # A copy that torch may own: the request's bytes may be read-only, and lie at any address.
-    return list(torch.from_numpy(np.array(tensor.data, dtype=np.float32)))
+    # A copy that a runtime may own: the request's bytes may be read-only, and lie at any address.
+    return list(np.array(tensor.data, dtype=np.float32))
 
 
 def _files(tensor: Tensor) -> list[Image]:
@@ -210,20 +229,43 @@ def from_base64(text: str | bytes, thing: str) -> bytes:
 # --- options -----------------------------------------------------------------------------------------------
 
 
-def _options(request: InferRequest, images: int) -> list[ImageOptions]:
+def _options(engine: Engine, request: InferRequest, images: int) -> list[ImageOptions]:
     """From the request's parameters and the tensors of one value an image; both are texts to the options' parsers."""
     texts = option_texts(request.parameters)
+    by_layer = QUANTILE.name in request.inputs and _is_by_layer(engine, request.inputs[QUANTILE.name])
     for spec in PER_IMAGE:
         if spec.name in request.inputs:
             if spec.name in texts:
                 raise ServiceError("option_invalid", f"Option '{spec.name}' is given as parameter and as input.")
+            if by_layer and spec == QUANTILE:
+                continue
             column = request.inputs[spec.name].data.ravel()
             # str() of a float32 is its shortest decimal: 0.1 means 0.1, and not 0.100000001.
             texts[spec.name] = [_target(value) if spec.name == "target" else str(value) for value in column]
     asked = parse_options(texts, images, "explain")
     if any(one.top_targets for one in asked):
         raise ServiceError("option_invalid", "Option 'target' asks for several maps of an image; a tensor holds one.")
-    return asked
+    if not by_layer:
+        return asked
+    for name in ("layers", "rule", "alpha"):
+        if name in texts:
+            raise ServiceError("option_invalid", f"Option '{name}' has no effect where 'quantile' is given by layer.")
+    rows = request.inputs[QUANTILE.name].data
+    if len(rows) != images:
+        raise ServiceError("option_invalid", f"Input 'quantile' has {len(rows)} rows; allowed: one an image, {images}.")
+    return [
+        replace(one, explain={**one.explain, **_of_layers(engine.layer_names, row)})
+        for one, row in zip(asked, rows, strict=True)
+    ]
+
+
+def _of_layers(names: Sequence[str], row: Array) -> dict[str, Any]:
+    """The options that one quantile a layer means, as in an exported graph: where it is 0 the rule does not act."""
+    values = [float(str(value)) for value in row]  # shortest decimals, as above
+    if not all(0 <= value <= 1 for value in values):
+        raise ServiceError("option_invalid", f"Option 'quantile' is {values}; allowed: a number in [0, 1] a layer.")
+    acting = {name: value for name, value in zip(names, values, strict=True) if value}
+    return {"quantile": acting, "layers": tuple(acting)} if acting else {"rule": False}
 
 
 def _target(index: "np.int64") -> str:

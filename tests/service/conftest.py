@@ -30,8 +30,8 @@ class Home:
     @property
     def settings(self) -> dict[str, object]:
         return {
-            "models_dir": self.root / "models", "tables_dir": self.root / "tables", "model": "tiny", "threads": 1,
-            "drain_ms": 0,
+            "models_dir": self.root / "models", "tables_dir": self.root / "tables", "graphs_dir": self.root / "graphs",
+            "model": "tiny", "threads": 1, "drain_ms": 0,
         }  # fmt: skip
 
     def explainer(self) -> parchgrad.Explainer:

@@ -86,14 +86,16 @@ def serving(
     *,
     target: str = SERVICE,
     folder: Path = PROJECT_ROOT,
+    python: str | Path = sys.executable,
     wait_ready: bool = True,
     arguments: Sequence[str] = (),
     settings: Mapping[str, object],
 ) -> Iterator[Server]:
+    """`python`: of the environment that serves; the tests' own by default."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     log = home / f"serve-{port}.log"
-    command = [sys.executable, "-m", "bentoml", "serve", target, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [python, "-m", "bentoml", "serve", target, "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=folder, env=environment(home, **settings), stdout=out, stderr=subprocess.STDOUT

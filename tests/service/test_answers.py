@@ -25,6 +25,7 @@ from service.errors import ServiceError, from_exception
 from service.pipeline import MissingMap, Outcome, Prepared, Request, _backdrop
 from service.schemas import Drawing, ExplainAnswer, ImageOptions, PredictAnswer, parse_options
 from service.settings import Settings
+from service.torch_engine import TorchEngine
 from tests.service.conftest import COVERED, LABELS, Home, picture
 
 DEADLINE = 100.0  # of every image here; the clock stands at 0 unless a test says otherwise
@@ -34,7 +35,7 @@ SHA256 = "ab" * 32
 @pytest.fixture(scope="module")
 def engine(home: Home) -> Engine:
     kept = {name: value for name, value in home.settings.items() if name != "threads"}
-    return Engine(Settings(**kept), "tiny", "1")
+    return TorchEngine(Settings(**kept), "tiny", "1")
 
 
 Make = Callable[..., Outcome]
@@ -46,7 +47,7 @@ def outcome(engine: Engine) -> Make:
 
     def make(seed: int = 0, *, explain: bool = True, targets: tuple[int, ...] = (PREDICTED,), **texts: str) -> Outcome:
         image = picture(seed)
-        tensor, placement = engine.model.preprocessing.apply(image)
+        tensor, placement = engine.model.preprocessing.array(image)
         (asked,) = parse_options({name: [text] for name, text in texts.items()}, 1, "explain")
         options = engine.options(asked.explain) if explain else None
         reduction = render.REDUCTION_OF_POLARITY[asked.polarity]
@@ -216,7 +217,8 @@ def test_an_answer_is_enough_to_make_its_map_again(engine: Engine, outcome: Make
     given = {
         name: explanation[name] for name in Options.__dataclass_fields__.keys() & explanation.keys() if name != "gamma"
     } | {"gamma": float(explanation["gamma"])}
-    again = engine.explainer.explain(one.prepared.tensor[None], explanation["target"]["index"], **given)
+    image = torch.from_numpy(one.prepared.tensor)[None]
+    again = engine.explainer.explain(image, explanation["target"]["index"], **given)
     data = np.frombuffer(base64.b64decode(explanation["saliency"]["data"]), "<f4").reshape(64, 64)
     np.testing.assert_array_equal(data, again.saliency("mean_abs")[0].numpy())
 

@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from service.engine import Engine, Job, Result
+from service.engine import Job, Result
 from service.errors import ServiceError
 from service.pipeline import Origin, Outcome, Pipeline
 from service.repository import Served
 from service.schemas import parse_options
 from service.settings import Settings
+from service.torch_engine import TorchEngine
 from tests.service.conftest import COVERED, LABELS, Home, files, picture, png
 from tests.service.serving import Server, serving
 from tests.service.test_server import distance, explain, refused, saliency
@@ -37,7 +38,7 @@ ORIGIN = Origin("/explain", "test")
 
 
 class Device:
-    """In place of Engine._run: answers made of the job alone; busy while `gate` is closed; one image it cannot take."""
+    """In place of TorchEngine._run: answers of the job alone; busy while `gate` is closed; one image it cannot take."""
 
     def __init__(self, poison: str) -> None:
         self.gate = threading.Event()
@@ -53,17 +54,18 @@ class Device:
 
 
 def digest(job: Job) -> str:
-    return hashlib.sha256(job.tensor.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(job.tensor.tobytes()).hexdigest()
 
 
 def answer(job: Job) -> Result:
     """Numbers that no other image, target or option gives."""
-    logits = job.tensor.reshape(-1)[: 100 * len(LABELS)].reshape(len(LABELS), 100).double().sum(dim=1).float().numpy()
+    rows = job.tensor.reshape(-1)[: 100 * len(LABELS)].reshape(len(LABELS), 100)
+    logits = rows.sum(axis=1, dtype=np.float64).astype(np.float32)
     if job.explained is None:
         return Result(logits, logits)
     asked = job.explained
     factor = np.float32(1 + asked.target + float(asked.options.quantile))
-    return Result(logits, logits, max(asked.target, 0), job.tensor[0].numpy() * factor)
+    return Result(logits, logits, max(asked.target, 0), job.tensor[0] * factor)
 
 
 class Bench:
@@ -108,10 +110,10 @@ POISON = png(picture(999))
 
 @pytest.fixture(scope="module")
 def bench(home: Home) -> Iterator[Bench]:
-    tensor = home.explainer().model.preprocessing.apply(picture(999))[0]
+    tensor = home.explainer().model.preprocessing.apply(picture(999))[0].numpy()
     device = Device(digest(Job(tensor)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_run", lambda engine, jobs, wanted: device.run(jobs))
+        patch.setattr(TorchEngine, "_run", lambda engine, jobs, wanted: device.run(jobs))
         made = Bench(home, device)
         yield made
         made.close()
@@ -200,7 +202,7 @@ def test_every_good_one_gets_exactly_what_it_gets_alone(bench: Bench, ends: list
         explainer = bench.pipeline.repository.listing()[0].engine
         for (image, _), end in zip(GOOD, ends, strict=True):
             if end in ("cancel", "expire", "impossible", "bad"):
-                tensor = explainer.model.preprocessing.apply(_open(image))[0]
+                tensor = explainer.model.preprocessing.apply(_open(image))[0].numpy()
                 assert not computed[digest(Job(tensor))], end
         together = ends.count("good") + ends.count("poison")
         assert max(map(len, device.batches[before:]), default=0) >= together

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from parchgrad.errors import ModelError, TableError
-from service.engine import DeviceMemoryError, Engine, Job
+from service.engine import DeviceMemoryError, Job
 from service.settings import Settings
+from service.torch_engine import TorchEngine
 from tests.service.conftest import Home, picture
 
 
@@ -18,13 +19,13 @@ def settings(home: Home) -> Settings:
 
 
 @pytest.fixture
-def engine(settings: Settings) -> Engine:
-    return Engine(settings, "tiny", "1")
+def engine(settings: Settings) -> TorchEngine:
+    return TorchEngine(settings, "tiny", "1")
 
 
 @pytest.fixture
-def job(engine: Engine) -> Job:
-    return Job(engine.model.preprocessing.apply(picture())[0])
+def job(engine: TorchEngine) -> Job:
+    return Job(engine.model.preprocessing.array(picture())[0])
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -44,7 +45,7 @@ def raising(error: Exception) -> Callable[..., Any]:
     ids=["cuda", "cpu", "python"],
 )
 def test_want_of_memory_has_an_error_of_its_own(
-    engine: Engine, job: Job, error: Exception, monkeypatch: pytest.MonkeyPatch
+    engine: TorchEngine, job: Job, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.explainer, "predict", raising(error))
     with pytest.raises(DeviceMemoryError, match="memory for 2 images"):
@@ -53,14 +54,14 @@ def test_want_of_memory_has_an_error_of_its_own(
     assert len(engine.run([job, job])) == 2
 
 
-def test_other_failures_stay_what_they_are(engine: Engine, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_failures_stay_what_they_are(engine: TorchEngine, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.explainer, "predict", raising(RuntimeError("a shape that does not fit")))
     with pytest.raises(RuntimeError, match="a shape that does not fit"):
         engine.run([job])
 
 
 def test_a_real_allocation_too_large_is_want_of_memory(
-    engine: Engine, job: Job, monkeypatch: pytest.MonkeyPatch
+    engine: TorchEngine, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.explainer, "predict", lambda images: torch.empty(1 << 50))
     with pytest.raises(DeviceMemoryError):
@@ -74,6 +75,6 @@ def test_a_folder_of_another_model_is_refused(settings: Settings, home: Home, tm
     shutil.copytree(home.root / "tables" / "tiny", tmp_path / "tables" / "renamed")
     moved = Settings(models_dir=tmp_path / "models", tables_dir=tmp_path / "tables", model="renamed")
     with pytest.raises(ModelError, match="'renamed/1' holds model 'tiny'"):
-        Engine(moved, "renamed", "1")
+        TorchEngine(moved, "renamed", "1")
     with pytest.raises(TableError):
-        Engine(Settings(models_dir=home.root / "models", tables_dir=tmp_path / "none", model="tiny"), "tiny", "1")
+        TorchEngine(Settings(models_dir=home.root / "models", tables_dir=tmp_path / "none", model="tiny"), "tiny", "1")

@@ -9,10 +9,11 @@ import pytest
 
 from parchgrad.options import Options
 from service import metrics
-from service.engine import Engine, Explained, Job, Result
+from service.engine import Explained, Job, Result, Room
 from service.errors import ServiceError
 from service.pipeline import Outcome
 from service.settings import Settings
+from service.torch_engine import TorchEngine
 from tests.service.conftest import Home, picture, png
 from tests.service.test_batch_mates import Bench, Device
 
@@ -24,7 +25,7 @@ STOP = 3  # the pass in which the wait for it ends
 class Passes:
     """Counts the passes of an engine's explanations, by their images; holds the one numbered STOP until `go`."""
 
-    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, engine: TorchEngine, patch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
         self.held, self.go = threading.Event(), threading.Event()
         runtime = engine.explainer._runtime
@@ -44,14 +45,14 @@ class Passes:
 
 
 @pytest.fixture
-def engine(home: Home) -> Engine:
+def engine(home: Home) -> TorchEngine:
     kept = {name: value for name, value in home.settings.items() if name != "threads"}
-    return Engine(Settings(**kept, max_batch_pixels=PIXELS), "tiny", "1")  # type: ignore[arg-type]
+    return TorchEngine(Settings(**kept, max_batch_pixels=PIXELS), "tiny", "1")  # type: ignore[arg-type]
 
 
-def job(engine: Engine, number: int, samples: int, target: int = 1) -> Job:
+def job(engine: TorchEngine, number: int, samples: int, target: int = 1) -> Job:
     options = Options(method="smoothgrad", samples=samples, quantile=0.3)
-    return Job(engine.model.preprocessing.apply(picture(number))[0], Explained(target, options, "mean_abs"))
+    return Job(engine.model.preprocessing.array(picture(number))[0], Explained(target, options, "mean_abs"))
 
 
 def equal(one: Result | None, other: Result | None) -> None:
@@ -64,7 +65,7 @@ def equal(one: Result | None, other: Result | None) -> None:
     assert np.allclose(one.probabilities, other.probabilities, atol=1e-5)
 
 
-def test_a_job_nobody_waits_for_costs_no_more_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_nobody_waits_for_costs_no_more_passes(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three jobs of ten points in passes of four; the second is given up after the first pass."""
     jobs = [job(engine, number, 10, target=number) for number in range(3)]
     alone = [engine.run([one])[0] for one in jobs]
@@ -84,18 +85,18 @@ def test_a_job_nobody_waits_for_costs_no_more_passes(engine: Engine, monkeypatch
     assert sum(passes.sizes) == 30
 
 
-def test_a_pass_has_no_more_pixels_than_a_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_has_no_more_pixels_than_a_batch(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bound for the memory of all methods: MAX_BATCH_PIXELS, down to one point; and no more than the library's."""
     passes = Passes(engine, monkeypatch)
     passes.go.set()
     engine.run([job(engine, 0, 9)])
     assert passes.sizes == [4, 4, 1]
     passes.sizes.clear()
-    engine._max_batch_pixels = 64
+    engine._room = Room(32, 64)
     engine.run([job(engine, 0, 9)])
     assert passes.sizes == [1] * 9
     passes.sizes.clear()
-    engine._max_batch_pixels = 20_000_000
+    engine._room = Room(32, 20_000_000)
     engine.run([job(engine, 0, 250)])
     assert passes.sizes == [196, 54]
 

@@ -38,8 +38,8 @@ class Shelf:
     def settings(self) -> dict[str, object]:
         admin = hashlib.sha256(TOKEN.encode()).hexdigest()
         return {
-            "models_dir": self.root / "models", "tables_dir": self.root / "tables", "model": "tiny", "threads": 1,
-            "drain_ms": 0, "admin_keys": f"ops:{admin}",
+            "models_dir": self.root / "models", "tables_dir": self.root / "tables", "graphs_dir": self.root / "graphs",
+            "model": "tiny", "threads": 1, "drain_ms": 0, "admin_keys": f"ops:{admin}",
         }  # fmt: skip
 
     def add(self, name: str, seed: int, architecture: str = "squeezenet1_1") -> str:

@@ -7,14 +7,14 @@ import re
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parchgrad import options as library
+from parchgrad.defaults import Defaults
 from parchgrad.errors import OptionError
-from parchgrad.rule import CONSERVE
-from parchgrad.tables import SELECTIONS, Defaults
 from service import schemas
 from service.errors import ServiceError
 from service.schemas import (
@@ -306,13 +306,6 @@ def test_model_and_version_come_once(fields: dict[str, list[str]], words: str) -
 # --- held to the library ------------------------------------------------------------------------------------
 
 
-def test_names_are_the_librarys() -> None:
-    assert library.METHODS == schemas.METHODS
-    assert library.SEEDS == schemas.SEEDS
-    assert CONSERVE == schemas.CONSERVE
-    assert SELECTIONS == schemas.SELECTIONS
-
-
 def test_the_library_takes_every_bound_that_an_option_takes() -> None:
     for name in library.Options.__dataclass_fields__.keys() & OPTIONS.keys():
         schema = OPTIONS[name].kind.schema
@@ -368,14 +361,13 @@ def test_option_names_are_distinct() -> None:
 
 def test_a_call_that_takes_many_passes_takes_fewer_images(home) -> None:
     """One device call does not end for another, so its bound counts passes, not images alone."""
-    import torch
-
-    from service.engine import Engine, Explained, Job
+    from service.engine import Explained, Job
     from service.settings import Settings
+    from service.torch_engine import TorchEngine
 
     kept = {name: value for name, value in home.settings.items() if name != "threads"}
-    engine = Engine(Settings(**kept, max_batch_pixels=2_000_000), "tiny", "1")
-    image = torch.zeros(3, 300, 300)
+    engine = TorchEngine(Settings(**kept, max_batch_pixels=2_000_000), "tiny", "1")
+    image = np.zeros((3, 300, 300), np.float32)
     single = Job(image, Explained(0, library.Options(), "mean_abs"))
     many = Job(image, Explained(0, library.Options(method="integrated_gradients", steps=25), "mean_abs"))
     assert (single.passes, many.passes) == (1, 25)

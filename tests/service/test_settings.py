@@ -39,6 +39,8 @@ def test_booleans(text: str, value: bool) -> None:
         ("MAX_IMAGES", "3.5", "PARCHGRAD_MAX_IMAGES='3.5': expected an integer from 1 to 1000."),
         ("MAX_DELAY_MS", "nan", "PARCHGRAD_MAX_DELAY_MS='nan': expected a number from 0.0 to 1000.0."),
         ("MODEL", "../x", "PARCHGRAD_MODEL='../x': expected NAME or NAME/VERSION."),
+        ("RUNTIME", "tensorrt", "PARCHGRAD_RUNTIME='tensorrt': expected auto, torch or onnx."),
+        ("GRAPHS_DIR", "", "PARCHGRAD_GRAPHS_DIR='': expected a folder."),
         ("DEVICE", "gpu", "PARCHGRAD_DEVICE='gpu': expected cpu, cuda or cuda:N."),
         ("MODELS_DIR", "", "PARCHGRAD_MODELS_DIR='': expected a folder."),
         ("TIMEOUT_MS", "130000", "PARCHGRAD_TIMEOUT_MS='130000': expected at most PARCHGRAD_MAX_TIMEOUT_MS=120000."),
@@ -68,7 +70,8 @@ def test_every_model_is_each_folder_that_holds_a_version(tmp_path: Path) -> None
     for folder in ("a/1", "b/2", "c/notes", ".adding/1"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "README.md").write_text("no model")
-    assert Settings(models_dir=tmp_path, model="b", models="*").entries == [("b", None), ("a", None)]
+    settings = Settings(models_dir=tmp_path, graphs_dir=tmp_path / "graphs", model="b", models="*")
+    assert settings.entries == [("b", None), ("a", None)]
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from parchgrad.errors import ModelError
-from service import repository
+from service import repository, versions
 from service.settings import PROJECT_ROOT, Settings, SettingsError
 from tests.service.conftest import Home, files, picture, png
 from tests.service.serving import SERVICE, environment, free_port, serving
@@ -63,21 +63,25 @@ def folders(tmp_path: Path) -> Path:
     ],
 )
 def test_what_is_to_be_served_must_be_there(folders: Path, given: dict[str, str], message: str) -> None:
-    given = {"models_dir": "{}/models", "tables_dir": "{}/tables", "model": "net", **given}
+    folders_given = {"models_dir": "{}/models", "tables_dir": "{}/tables", "graphs_dir": "{}/graphs"}
+    given = {**folders_given, "model": "net", **given}
     variables = {f"PARCHGRAD_{name.upper()}": text.format(folders) for name, text in given.items()}
     with pytest.raises(SettingsError) as caught:
-        repository.check(Settings.from_environment(variables))
+        versions.check(Settings.from_environment(variables))
     assert str(caught.value) == message.replace("{}", str(folders))
 
 
 def test_what_is_there_may_be_served(folders: Path) -> None:
-    settings = Settings(models_dir=folders / "models", tables_dir=folders / "tables", model="net/1", models="other")
-    repository.check(settings)
+    settings = Settings(
+        models_dir=folders / "models", tables_dir=folders / "tables", graphs_dir=folders / "graphs", model="net/1",
+        models="other",
+    )  # fmt: skip
+    versions.check(settings)
     every = replace(settings, model="net", models="*", versions="all")
     with pytest.raises(SettingsError, match="net/2"):
-        repository.check(every)
+        versions.check(every)
     (folders / "tables" / "net" / "2").mkdir()
-    repository.check(every)
+    versions.check(every)
 
 
 def test_the_supervisor_ends_with_the_one_line(home: Home, tmp_path: Path) -> None:
@@ -226,7 +230,8 @@ def test_callers_are_told_no_absolute_path(text: str, told: str) -> None:
 def serve(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [Path(sys.executable).with_name("parchgrad"), "serve", *arguments],
-        cwd=PROJECT_ROOT, env=environment(folder, model="nope"), capture_output=True, text=True, check=False,
+        cwd=PROJECT_ROOT, env=environment(folder, model="nope", graphs_dir=folder / "graphs"),
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

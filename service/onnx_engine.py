@@ -1,0 +1,139 @@
+"""An exported graph, model and table in one file, on ONNX Runtime. Neither it nor what it imports knows torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parchgrad.errors import AbandonedError, ModelError
+from service import memory
+from service.engine import Computed, DeviceMemoryError, Job, Result, Room, Wanted, columns, is_out_of_memory
+from service.settings import PREFIX, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from parchgrad.options import Options
+
+
+class OnnxEngine:
+    """See service.engine.Engine. Raises what the library raises when the file is not right."""
+
+    platform = "onnxruntime_onnx"
+
+    def __init__(self, settings: Settings, name: str, version: str) -> None:
+        """Raises SettingsError where ONNX Runtime has no such device."""
+        from parchgrad.runtimes.onnx_runtime import OnnxExplainer
+
+        path = settings.graph(name, version)
+        if not path.is_file():
+            raise ModelError(f"There is no graph '{path}'; 'parchgrad export {name} --format triton' writes one.")
+        providers = _providers(settings.device)
+        self.explainer = OnnxExplainer(path, threads=settings.threads or None, providers=providers)
+        self.model, self.table = self.explainer.model, self.explainer.table
+        held = f"{self.model.name}/{self.model.version}"
+        if held != f"{name}/{version}":
+            raise ModelError(f"Graph '{path}' holds model '{held}', expected '{name}/{version}'.")
+        # What predicts alone is made when it is first asked: now, and not while a request waits.
+        self.explainer.predict(np.zeros((1, 3, *self.model.preprocessing.size), np.float32))
+        self._room = Room(settings.max_batch, settings.batch_pixels)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return self.explainer.graph.layers  # in the order of the columns of the graph's own `quantile`
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.table.defaults.to_json() | {"seed": self.explainer.graph.seed}
+
+    @property
+    def cannot(self) -> dict[str, str]:
+        from parchgrad.runtimes.onnx_runtime import METHODS
+
+        graph, absent = self.explainer.graph, "not with an exported graph"
+        return {
+            "method": ", ".join(METHODS),
+            "seed": graph.seed,
+            "conserve": graph.conserve,
+            "selection": "class",
+            "alpha": absent,
+            "normality_filter": "false",
+            **dict.fromkeys(("samples", "noise", "noise_seed"), absent),
+        }
+
+    @property
+    def device(self) -> str:
+        return self.explainer.device
+
+    @property
+    def runtime(self) -> str:
+        return self.explainer.runtime
+
+    def self_test(self) -> None:
+        self.explainer.self_test()
+
+    def options(self, given: Mapping[str, Any]) -> Options:
+        from parchgrad.options import per_image
+        from parchgrad.patterns import match
+
+        (options,) = per_image(1, self.table.defaults, {"seed": self.explainer.graph.seed, **given})
+        match(self.layer_names, options.layers)
+        self.explainer.require_statistics([options])
+        return options
+
+    def capacity(self, job: Job) -> int:
+        return self._room.capacity(job)
+
+    def run(self, jobs: Sequence[Job], wanted: Wanted | None = None) -> list[Result | None]:
+        try:
+            return self._run(jobs, wanted)
+        except AbandonedError:
+            return [None] * len(jobs)
+        except Exception as error:  # ONNX Runtime's own have no class in common but this
+            if not is_out_of_memory(error):
+                raise
+            message = f"The device has not the memory for {len(jobs)} images."
+        # Outside the handler: the exception's frames hold the arrays that are to be given back.
+        memory.give_back()
+        raise DeviceMemoryError(message)
+
+    def _run(self, jobs: Sequence[Job], wanted: Wanted | None) -> list[Result | None]:
+        from parchgrad.runtimes.array_explanation import softmax
+
+        images = np.stack([job.tensor for job in jobs])
+        asked = [job.explained for job in jobs if job.explained is not None]
+        if not asked:
+            logits = self.explainer.predict(images)
+            return [Result(row, each) for row, each in zip(logits, softmax(logits), strict=True)]
+        explanation = self.explainer.explain(
+            images,
+            [one.target for one in asked],
+            uncovered="nan",
+            wanted=wanted,
+            pixels_per_pass=self._room.pixels,
+            **columns(asked),
+        )
+        computed = Computed(
+            logits=explanation.logits,
+            probabilities=explanation.probabilities(),
+            targets=explanation.targets.tolist(),
+            covered=explanation.covered.tolist(),
+            complete=explanation.complete.tolist(),
+            identity_layers=explanation.identity_layers.tolist(),
+            maps={reduction: explanation.saliency(reduction) for reduction in {one.reduction for one in asked}},
+        )
+        return computed.results(asked)
+
+
+def _providers(device: str) -> list[str]:
+    """Raises SettingsError where ONNX Runtime has no such device."""
+    import onnxruntime
+
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        allowed = "a device that is here: cpu; this ONNX Runtime has no CUDA"
+        raise SettingsError(f"{PREFIX}DEVICE", device, allowed)
+    if device not in ("cuda", "cuda:0"):
+        raise SettingsError(f"{PREFIX}DEVICE", device, "cpu, cuda or cuda:0 where an exported graph runs")
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -1,0 +1,143 @@
+"""A model package and its selection table on PyTorch. torch is imported when an engine is made, never before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from parchgrad.errors import AbandonedError, ModelError, TableError
+from service import memory
+from service.engine import Computed, DeviceMemoryError, Job, Result, Room, Wanted, columns, is_out_of_memory
+from service.settings import PREFIX, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from parchgrad.options import Options
+
+log = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """See service.engine.Engine. Raises what the library raises when model or table is not right."""
+
+    platform = "parchgrad_pytorch"
+
+    def __init__(self, settings: Settings, name: str, version: str) -> None:
+        """Raises SettingsError where torch sees no such device, TableError where there is no table."""
+        import torch
+
+        import parchgrad
+
+        _check_device(settings.device)
+        table = settings.tables_dir / name / version
+        if not table.is_dir():
+            raise TableError(f"There is no selection table for {name}/{version}; expected one in {table}.")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.model = parchgrad.load_model(settings.models_dir / name / version)
+        if self.model.name != name:
+            raise ModelError(f"Model folder '{name}/{version}' holds model '{self.model.name}', expected '{name}'.")
+        self.table = parchgrad.load_table(table, self.model, mapped=settings.map_tables)
+        self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device, backward=settings.backward)
+        if self.explainer.dense_because is not None:
+            log.info("Model %s/%s has the dense backward pass: %s", name, version, self.explainer.dense_because)
+        self.runtime = f"torch {torch.__version__}"
+        self._room = Room(settings.max_batch, settings.batch_pixels)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.table.defaults.to_json()
+
+    @property
+    def cannot(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return self.explainer.layer_names
+
+    @property
+    def device(self) -> str:
+        return str(self.explainer.device)
+
+    def self_test(self) -> None:
+        from parchgrad import golden
+
+        golden.check(self.explainer, self.table.in_folder)
+
+    def options(self, given: Mapping[str, Any]) -> Options:
+        from parchgrad.layers import match
+        from parchgrad.options import per_image
+
+        (options,) = per_image(1, self.table.defaults, given)
+        match(self.layer_names, options.layers)
+        self.explainer.require_statistics([options])
+        return options
+
+    def capacity(self, job: Job) -> int:
+        return self._room.capacity(job)
+
+    def run(self, jobs: Sequence[Job], wanted: Wanted | None = None) -> list[Result | None]:
+        try:
+            return self._run(jobs, wanted)
+        except AbandonedError:
+            return [None] * len(jobs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = f"The device has not the memory for {len(jobs)} images."
+        # Outside the handler: the exception's frames hold the tensors that are to be given back.
+        _release_cached_memory()
+        raise DeviceMemoryError(message)
+
+    def _run(self, jobs: Sequence[Job], wanted: Wanted | None) -> list[Result | None]:
+        import torch
+
+        from parchgrad.explainer import PIXELS_PER_PASS
+
+        images = torch.stack([torch.from_numpy(job.tensor) for job in jobs])
+        asked = [job.explained for job in jobs if job.explained is not None]
+        if not asked:
+            logits = self.explainer.predict(images)
+            each_softmax = logits.float().softmax(dim=1)
+            both = zip(logits.float().cpu().numpy(), each_softmax.cpu().numpy(), strict=True)
+            return [Result(row, softmax) for row, softmax in both]
+        explanation = self.explainer.explain(
+            images,
+            [one.target for one in asked],
+            uncovered="nan",
+            wanted=wanted,
+            pixels_per_pass=min(self._room.pixels, PIXELS_PER_PASS),
+            **columns(asked),
+        )
+        computed = Computed(
+            logits=explanation.logits.float().cpu().numpy(),
+            probabilities=explanation.probabilities().float().cpu().numpy(),
+            targets=explanation.targets.tolist(),
+            covered=explanation.covered.tolist(),
+            complete=explanation.complete.tolist(),
+            identity_layers=explanation.identity_layers.tolist(),
+            maps={
+                reduction: explanation.saliency(reduction).float().cpu().numpy()
+                for reduction in {one.reduction for one in asked}
+            },
+        )
+        return computed.results(asked)
+
+
+def _check_device(device: str) -> None:
+    """Raises SettingsError where torch sees no such device."""
+    import torch
+
+    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    wanted = "cuda:0" if device == "cuda" else device
+    if wanted not in known:
+        raise SettingsError(f"{PREFIX}DEVICE", device, f"a device that is here: {', '.join(known)}")
+
+
+def _release_cached_memory() -> None:
+    import torch
+
+    memory.give_back()  # what malloc keeps of the failed batch is wanted elsewhere
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,147 @@
+"""Which versions of which models are on the disk, and what runs each: a model package on PyTorch, or an exported graph.
+
+The settings decide; where they leave it open (`PARCHGRAD_RUNTIME=auto`), what is there does. No file is opened and no
+runtime imported before `load`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from parchgrad.errors import ModelError
+from parchgrad.versions import versions_of
+from service.engine import Engine
+from service.settings import GRAPH_FILE, PREFIX, PROJECT_ROOT, Settings, SettingsError, is_installed
+
+log = logging.getLogger(__name__)
+
+Runtime = Literal["torch", "onnx"]
+
+_INSTALL = {"torch": "pip install 'parchgrad[torch]'", "onnxruntime": "pip install 'parchgrad[onnx]'"}
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingsError where what is to be served cannot be: its runtime, a folder, a version is not there."""
+    _check_installed(settings)
+    for variable, folder in _needed_folders(settings):
+        if not folder.is_dir():
+            hint = "; 'parchgrad export NAME --format triton' writes it" if variable == "GRAPHS_DIR" else ""
+            raise SettingsError(f"{PREFIX}{variable}", _given(folder), f"a folder that exists{hint}")
+    for name, pinned in settings.entries:
+        variable = f"{PREFIX}MODEL" if name == settings.entries[0][0] else f"{PREFIX}MODELS"
+        there = settings.versions_there(name)
+        if not there:
+            known = ", ".join(f"'{one}'" for one in settings.names_there) or "none"
+            where = " or ".join(_given(one) for one in settings.folders if one.is_dir())
+            allowed = f"a model of {where}; there is {known}{_wanting(settings, name, pinned or 'VERSION')}"
+            raise SettingsError(variable, name, allowed)
+        if pinned and pinned not in there:
+            allowed = f"a version of '{name}'; there is {', '.join(there)}{_wanting(settings, name, pinned)}"
+            raise SettingsError(variable, f"{name}/{pinned}", allowed)
+        for version in chosen(settings, pinned, there):
+            if runtime_of(settings, name, version) == "torch" and not (settings.tables_dir / name / version).is_dir():
+                tables = ", ".join(f"{name}/{one}" for one in versions_of(settings.tables_dir / name)) or "none"
+                allowed = f"a folder with the selection table {name}/{version}; there is {tables}"
+                raise SettingsError(f"{PREFIX}TABLES_DIR", _given(settings.tables_dir), allowed)
+
+
+def chosen(settings: Settings, pinned: str | None, there: list[str]) -> list[str]:
+    """Which versions the settings ask for, of those that are `there`, newest first."""
+    if pinned:
+        return [pinned]
+    return there if settings.versions == "all" else there[:1]
+
+
+def runtime_of(settings: Settings, name: str, version: str) -> Runtime:
+    """What runs this version, one of those that are there.
+
+    `auto` takes PyTorch where the model is to run on a GPU and its package is there, else the graph where one is there,
+    else PyTorch.
+    """
+    if settings.runtime == "torch" or not settings.runs_graphs:
+        return "torch"
+    if settings.runtime == "onnx" or not settings.runs_torch:
+        return "onnx"
+    package = (settings.models_dir / name / version).is_dir()
+    if not settings.graph(name, version).is_file() or (package and settings.device != "cpu"):
+        return "torch"
+    return "onnx"
+
+
+def load(settings: Settings, name: str, version: str) -> Engine:
+    """Load and check a version. Raises what the library raises, and SettingsError where its runtime is not here."""
+    _check_installed(settings)
+    if runtime_of(settings, name, version) == "torch":
+        from service.torch_engine import TorchEngine
+
+        return TorchEngine(settings, name, version)
+    from service.onnx_engine import OnnxEngine
+
+    engine = OnnxEngine(settings, name, version)
+    if settings.runtime == "auto":
+        _check_same(settings, engine, name, version)
+    return engine
+
+
+def _check_same(settings: Settings, engine: Engine, name: str, version: str) -> None:
+    """Raises ModelError where the package or the table beside a graph is another than it was exported from.
+
+    The operator has not said which of them to serve.
+    """
+    import yaml
+
+    package, table = settings.models_dir / name / version, settings.tables_dir / name / version
+    beside: list[tuple[str, Path, Any, tuple[str, ...], str]] = [
+        ("weights", package / "model.yaml", yaml.safe_load, ("weights", "sha256"), engine.model.weights_sha256),
+        ("table", table / "manifest.json", json.loads, ("table_sha256",), engine.table.table_sha256),
+    ]
+    for what, path, read, keys, of_graph in beside:
+        if not path.is_file():
+            continue
+        try:
+            found = read(path.read_text(encoding="utf-8"))
+            for key in keys:
+                found = found[key]
+        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise ModelError(f"'{path}' beside the graph cannot be read: {type(error).__name__} {error}.") from error
+        if found != of_graph:
+            raise ModelError(
+                f"Graph '{settings.graph(name, version)}' is of {what} {of_graph}, '{path}' says {found}; export it "
+                f"again ('parchgrad export {name} --format triton') or choose with {PREFIX}RUNTIME=onnx or torch."
+            )
+
+
+def _check_installed(settings: Settings) -> None:
+    """Raises SettingsError where nothing is installed that runs what the settings ask for."""
+    wanted = {"torch": ["torch"], "onnx": ["onnxruntime"], "auto": ["torch", "onnxruntime"]}[settings.runtime]
+    if not any(map(is_installed, wanted)):
+        packages, commands = " or ".join(wanted), " or ".join(_INSTALL[one] for one in wanted)
+        allowed = f"a runtime that is installed; there is no {packages} here: {commands}"
+        raise SettingsError(f"{PREFIX}RUNTIME", settings.runtime, allowed)
+
+
+def _needed_folders(settings: Settings) -> Iterator[tuple[str, Path]]:
+    """Folders without which nothing can be served, by the variable that names them."""
+    if not settings.runs_torch:
+        yield "GRAPHS_DIR", settings.graphs_dir
+    elif not (settings.runs_graphs and settings.graphs_dir.is_dir()):
+        yield "MODELS_DIR", settings.models_dir
+        yield "TABLES_DIR", settings.tables_dir
+
+
+def _wanting(settings: Settings, name: str, version: str) -> str:
+    """Which graph is missing and what writes it, where only a graph will do."""
+    if settings.runs_torch:
+        return ""
+    file = _given(settings.graphs_dir / name / version / GRAPH_FILE)
+    installed = "" if settings.runtime == "onnx" else f", or install torch: {_INSTALL['torch']}"
+    return f"; 'parchgrad export {name} --format triton' writes {file}{installed}"
+
+
+def _given(folder: Path) -> str:
+    """A folder of the settings as it is written in them: relative ones start at the project root."""
+    return str(folder.relative_to(PROJECT_ROOT) if folder.is_relative_to(PROJECT_ROOT) else folder)
