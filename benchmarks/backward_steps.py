@@ -26,9 +26,9 @@ from torch import Tensor
 from benchmarks.measuring import interleaved, ratios
 from benchmarks.peer_methods import MODELS, Case, case_of
 from parchgrad import Explainer
+from parchgrad.quantiles import channels_of_quantile
 from parchgrad.runtimes.pruned import convolution, engine
 from parchgrad.runtimes.pruned.program import Program
-from parchgrad.selection import channels_of_quantile
 
 QUANTILE = 0.1
 FINAL = "image by image"

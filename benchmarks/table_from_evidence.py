@@ -17,10 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from parchgrad.defaults import Defaults
 from parchgrad.evidence import DIGEST_BYTES, NORMALITY_IMAGES, Evidence, Observation, Subject
 from parchgrad.layers import convolutions
 from parchgrad.models import build_network
-from parchgrad.tables import Defaults
 
 CLASSES = 1000
 

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from parchgrad import SelectionTable, load_table
 from parchgrad.models import build_network
-from parchgrad.selection import best_ranked, channels_of_quantile
+from parchgrad.quantiles import channels_of_quantile
+from parchgrad.selection import best_ranked
 
 BATCH = 32
 

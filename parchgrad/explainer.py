@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parchgrad.errors import AbandonedError, OptionError
+from parchgrad.defaults import CONSERVE
+from parchgrad.errors import OptionError
+from parchgrad.interest import Interest
 from parchgrad.labels import class_index
-from parchgrad.layers import match
-from parchgrad.methods import MANY_POINTS, Point, number_of_points, points
-from parchgrad.options import Options, per_image
-from parchgrad.rule import CONSERVE
+from parchgrad.methods import MANY_POINTS, PIXELS_PER_PASS, Point, number_of_points, points
+from parchgrad.options import REDUCTIONS, Options, per_image
+from parchgrad.patterns import match
+from parchgrad.quantiles import channels_of_quantile, quantile_of_layers
 from parchgrad.runtimes import Plan, Points
 from parchgrad.runtimes.dense import seed_score
 from parchgrad.runtimes.pytorch import PyTorchRuntime
-from parchgrad.selection import channels_of_quantile
-from parchgrad.tables import SelectionTable, network_of, quantile_of_layers
+from parchgrad.tables import SelectionTable, network_of
 
 if TYPE_CHECKING:
     from parchgrad.models import Model
@@ -31,11 +33,6 @@ Target = int | str | None
 
 # Distinct settings of layers and quantile that an explainer remembers what they mean for.
 MAX_SETTINGS = 256
-
-REDUCTIONS = ("mean_abs", "sum", "max_abs", "positive", "negative")
-
-# Of the points of integrated gradients and SmoothGrad computed in one pass: 16 points of 224 x 224.
-PIXELS_PER_PASS = 16 * 224 * 224
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,7 @@ class Explainer:
             known = chosen >= 0  # the others are known only after the forward pass
             asked = [o for o, k in zip(options, known.tolist(), strict=True) if k]
             self._require(self._covered(chosen[known], asked), chosen[known])
-        interest = _Interest(wanted, len(images))
+        interest = Interest(wanted, len(images))
         many = torch.tensor([o.method in MANY_POINTS for o in options])
         parts = []
         interest.ask()
@@ -244,7 +241,7 @@ class Explainer:
         plan: Plan,
         which: Tensor,
         room: int,
-        interest: _Interest,
+        interest: Interest,
     ) -> tuple[Tensor, ...]:
         """`room`: how many points go through the network together."""
         interest.ask()
@@ -260,7 +257,8 @@ class Explainer:
         starts, ends = baseline[which], images[which]
         kept: dict[str, Any] = {}
         while any(left):
-            still = interest.ask(identity)
+            # A GPU's passes are queued long before they end; reading a number waits.
+            still = interest.ask(partial(_read, identity))
             for row, i in enumerate(which.tolist()):
                 if left[row] and not still[i]:
                     left[row], complete[row] = 0, False
@@ -390,28 +388,6 @@ class Explainer:
         return class_index(target, self.table.labels)
 
 
-class _Interest:
-    """Which images of an explanation somebody still wants; a no is final."""
-
-    def __init__(self, wanted: Callable[[], Sequence[bool]] | None, images: int) -> None:
-        self._wanted = wanted
-        self._still = [True] * images
-
-    def ask(self, computed: Tensor | None = None) -> list[bool]:
-        """One an image, as it is when the device has `computed` this. Raises AbandonedError where none is wanted."""
-        if self._wanted is None:
-            return self._still
-        if computed is not None:
-            int(computed.sum())  # a GPU's passes are queued long before they end; reading a number waits
-        now = list(self._wanted())
-        if len(now) != len(self._still):
-            raise OptionError("wanted", now, f"one bool for each of the {len(self._still)} images")
-        self._still = [was and bool(one) for was, one in zip(self._still, now, strict=True)]
-        if not any(self._still):
-            raise AbandonedError(f"None of the {len(now)} images is wanted any more.")
-        return self._still
-
-
 def checked_device(device: str | torch.device | None) -> torch.device | None:
     """The device, if this machine has it; None stays None. Raises OptionError."""
     if device is None:
@@ -421,6 +397,10 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
     except (RuntimeError, AssertionError) as error:
         raise OptionError("device", str(device), "a torch device of this machine, such as cpu or cuda") from error
     return torch.device(device)
+
+
+def _read(number: Tensor) -> int:
+    return int(number.sum())
 
 
 def _expanded(baseline: Tensor, images: Tensor) -> Tensor:

@@ -14,10 +14,15 @@ class Interest:
         self._wanted = wanted
         self._still = [True] * images
 
-    def ask(self) -> list[bool]:
-        """One an image. Raises AbandonedError where none is wanted, OptionError for an answer of another length."""
+    def ask(self, ready: Callable[[], object] | None = None) -> list[bool]:
+        """One an image. Raises AbandonedError where none is wanted, OptionError for an answer of another length.
+
+        Where somebody is asked at all, `ready` is called before: it waits for what has been begun.
+        """
         if self._wanted is None:
             return self._still
+        if ready is not None:
+            ready()
         now = list(self._wanted())
         if len(now) != len(self._still):
             raise OptionError("wanted", now, f"one bool for each of the {len(self._still)} images")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from parchgrad.errors import UnsupportedModelError
-from parchgrad.patterns import match as match  # explainer's and the service's way to it
 
 
 class Convolution(nn.Module):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parchgrad.defaults import CONSERVE as CONSERVE  # explainer's and the engines' way to it
+from parchgrad.defaults import CONSERVE
 
 
 class Conserve(NamedTuple):

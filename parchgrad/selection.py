@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parchgrad.quantiles import channels_of_quantile as channels_of_quantile  # explainer's way to it
-
 
 def best_ranked(rank: Tensor, rows: Tensor, count: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """Class-wise by quantile, for all layers of a table at once: a mask `(B, C)` for each.

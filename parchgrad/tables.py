@@ -29,7 +29,7 @@ from parchgrad.files import file_sha256, write_tensors, write_text
 from parchgrad.labels import no_row_for
 from parchgrad.layers import convolutions
 from parchgrad.patterns import match
-from parchgrad.quantiles import quantile_of_layers as quantile_of_layers  # explainer's way to it
+from parchgrad.quantiles import quantile_of_layers
 from parchgrad.statistics import ClassMoments, benjamini_hochberg, normality_p, ranks, welch_log_p
 from parchgrad.versions import resolve_version
 

@@ -66,8 +66,8 @@ class TorchEngine:
         golden.check(self.explainer, self.table.in_folder)
 
     def options(self, given: Mapping[str, Any]) -> Options:
-        from parchgrad.layers import match
         from parchgrad.options import per_image
+        from parchgrad.patterns import match
 
         (options,) = per_image(1, self.table.defaults, given)
         match(self.layer_names, options.layers)
@@ -93,7 +93,7 @@ class TorchEngine:
     def _run(self, jobs: Sequence[Job], wanted: Wanted | None) -> list[Result | None]:
         import torch
 
-        from parchgrad.explainer import PIXELS_PER_PASS
+        from parchgrad.methods import PIXELS_PER_PASS
 
         images = torch.stack([torch.from_numpy(job.tensor) for job in jobs])
         asked = [job.explained for job in jobs if job.explained is not None]

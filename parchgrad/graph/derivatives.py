@@ -55,15 +55,15 @@ def pull(w: Backward, node: onnx.NodeProto, grads: Sequence[Gradient | None]) ->
                 w, node, [None if one is None else whole(w, one, o) for one, o in zip(grads, node.output, strict=True)]
             )
         )
-    if node.op_type == "MaxPool" and grads[0] is not None and not any(grads[1:]):
-        pooled = max_pooling(w, node, whole(w, grads[0], node.output[0]))
-        return [pooled if w.single else pooled.whole()]
-    if node.op_type not in DERIVATIVES:
+    if node.op_type not in DERIVATIVES and node.op_type != "MaxPool":
         raise unsupported(node, "there is no rule for its gradient")
     if any(grad is not None for grad in grads[1:]):
         raise unsupported(node, "only its first result has a gradient")
     (grad, *_) = grads
     assert grad is not None  # the caller comes here only where something came back
+    if node.op_type == "MaxPool":
+        pooled = max_pooling(w, node, whole(w, grad, node.output[0]))
+        return [pooled if w.single else pooled.whole()]
     if node.name in w.passed:
         return [grad]
     rule = DERIVATIVES[node.op_type]
@@ -137,13 +137,14 @@ def _clip(w: Backward, node: onnx.NodeProto, grad: str) -> Pulled:
 
 
 def _bounded(w: Backward, node: onnx.NodeProto, grad: str) -> Pulled:
-    """The larger, or the smaller, of a number and a bound."""
+    """The larger, or the smaller, of a number and a bound, as of PyTorch's clamp: at the bound the gradient passes."""
     bounds = [w.values.constant(name) for name in node.input]
     known = [float(one.reshape(())) for one in bounds if one is not None and one.size == 1]
     if len(node.input) != 2 or len(known) != 1:
         raise unsupported(node, "there is a rule for one number as its bound alone")
-    y = w.kept(node.output[0])
-    inside = w.above(y, known[0]) if node.op_type == "Max" else w.below(y, known[0])
+    (x,) = (name for name, one in zip(node.input, bounds, strict=True) if one is None)
+    outside = w.below(w.kept(x), known[0]) if node.op_type == "Max" else w.above(w.kept(x), known[0])
+    inside = w.b.op("Sub", w.b.number(1.0), outside)
     return [w.b.op("Mul", grad, inside) if one is None else None for one in bounds]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from parchgrad.defaults import CONSERVE
 from parchgrad.errors import OptionError, UnsupportedModelError
 from parchgrad.graph.backward import Backward
 from parchgrad.graph.builder import Builder
@@ -26,7 +27,6 @@ from parchgrad.graph.pooling import Pooled
 from parchgrad.graph.prediction import OPSET, Prediction
 from parchgrad.graph.rule import Choice, Layer, choose, factors, side_sums
 from parchgrad.graph.values import Values
-from parchgrad.rule import CONSERVE
 from parchgrad.tables import SelectionTable
 
 BACKWARDS = ("pruned", "dense")
@@ -85,15 +85,9 @@ class _Assembly:
             outer, list(self._layers.values()), self._table.rank.numpy(), outer.op("Max", row, outer.integer(0)),
             "quantile", "gamma",
         )  # fmt: skip
-        acts = outer.op(
-            "ReduceMax",
-            outer.op("Cast", outer.op("Greater", choice.count, outer.integer(0)), to=TensorProto.INT64),
-            outer.ints(1),
-            keepdims=0,
-        )
-        covered = outer.op(
-            "Or", outer.op("Not", outer.op("Less", row, outer.integer(0))), outer.op("Equal", acts, outer.integer(0))
-        )
+        acting = _count_true(outer, outer.op("Greater", choice.count, outer.integer(0)))
+        has_row = outer.op("Not", outer.op("Less", row, outer.integer(0)))
+        covered = outer.op("Or", has_row, outer.op("Equal", acting, outer.integer(0)))
         classes = self._values.shape(logits)[1]
         if not isinstance(classes, int):
             raise UnsupportedModelError("The number of classes is not known before the graph runs.")
@@ -110,7 +104,8 @@ class _Assembly:
             "target": target,
             "saliency": saliency,
             "attributions": attributions,
-            "identity_layers": identity,
+            # Without a row nothing is selected, and every layer passes the gradient unchanged.
+            "identity_layers": outer.op("Where", covered, identity, acting),
             "covered": covered,
         }
         for name, value in results.items():
@@ -282,9 +277,12 @@ class _Assembly:
             raise UnsupportedModelError(f"No gradient comes back to the convolution '{unreached[0]}'.")
         passed = b.op("Not", b.op("Squeeze", b.op("Concat", *(fine[i] for i in sorted(fine)), axis=1), b.ints(2)))
         idle = b.op("And", passed, b.op("Greater", choice.count, b.integer(0)))
-        return whole(w, grads["images"], "images"), b.op(
-            "ReduceSum", b.op("Cast", idle, to=TensorProto.INT64), b.ints(1), keepdims=0
-        )
+        return whole(w, grads["images"], "images"), _count_true(b, idle)
+
+
+def _count_true(b: Builder, flags: str) -> str:
+    """How many of `(b, n)` bool, `(b,)`."""
+    return b.op("ReduceSum", b.op("Cast", flags, to=TensorProto.INT64), b.ints(1), keepdims=0)
 
 
 def _chosen_target(b: Builder) -> str:

@@ -69,7 +69,7 @@ def trace_prediction(module: nn.Module, size: tuple[int, int], native: bool) -> 
 
 
 def _export(view: nn.Module, images: Tensor, free: Mapping[int, str]) -> ir.Model:
-    """PyTorch's exporter, silenced: it prints its steps and warns of its own deprecated calls."""
+    """PyTorch's exporter, silenced: it logs its steps and warns of its own deprecated calls."""
     try:
         with _silence():
             axes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
@@ -104,11 +104,11 @@ def _plain_means(traced: torch.export.ExportedProgram) -> None:
 def _silence() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    said = io.StringIO()
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        # Where it fails, it prints the graph that it has so far.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

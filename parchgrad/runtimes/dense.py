@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from parchgrad.defaults import CONSERVE
 from parchgrad.errors import UnsupportedModelError
-from parchgrad.rule import CONSERVE, Conserve, apply_factors, channel_factors
+from parchgrad.rule import Conserve, apply_factors, channel_factors
 from parchgrad.runtimes import Gradients, Plan
 from parchgrad.runtimes.view import gap_features, private_view
 from parchgrad.selection import best_ranked, by_instance

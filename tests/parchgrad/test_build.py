@@ -11,12 +11,13 @@ from PIL import Image
 from torch import nn
 
 from parchgrad.build import build_table, hold_out
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, ModelError, OptionError, TableError, UnsupportedModelError
 from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing
 from parchgrad.sources import ImageFolder
-from parchgrad.tables import Defaults, load_table
+from parchgrad.tables import load_table
 from tests.oracles import selection
 from tests.oracles.tolerance import assert_close
 

@@ -24,12 +24,12 @@ from parchgrad import cluster
 from parchgrad.build import Local, Reader, Work, gather, note_of, subject_of
 from parchgrad.checkpoint import Checkpoint
 from parchgrad.cluster import Ray, fan_in, units_of
+from parchgrad.defaults import Defaults
 from parchgrad.errors import ClusterError, OptionError, ParchGradError, UnsupportedModelError
 from parchgrad.evidence import Evidence
 from parchgrad.models import Model
 from parchgrad.preprocessing import Preprocessing
 from parchgrad.sources import ParquetImages, open_source
-from parchgrad.tables import Defaults
 from tests.parchgrad.factories import Small
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install parchgrad[ray]")

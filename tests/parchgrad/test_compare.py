@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from parchgrad.build import build_table
 from parchgrad.cli import cli
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, OptionError, UncoveredTargetError
 from parchgrad.evaluation import mosaics
 from parchgrad.evaluation.compare import compare, grad_cam, standard_methods
@@ -22,7 +23,6 @@ from parchgrad.explainer import Explainer
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing, read_image
 from parchgrad.sources import ImageFolder
-from parchgrad.tables import Defaults
 from tests.oracles.tolerance import assert_close, assert_each_close, relative_l2
 from tests.parchgrad.networks import batch, build, table_for
 from tests.parchgrad.test_build import write_images

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, EvidenceError
 from parchgrad.evidence import (
     DIGEST_BYTES,
@@ -27,7 +28,6 @@ from parchgrad.evidence import (
     digest_of,
     used_digests,
 )
-from parchgrad.tables import Defaults
 
 LABELS = ("cat", "dog", "tree", "bus")
 SUBJECT = Subject(

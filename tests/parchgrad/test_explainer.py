@@ -22,7 +22,8 @@ from parchgrad.errors import (
     UnknownTargetError,
     UnsupportedModelError,
 )
-from parchgrad.explainer import PIXELS_PER_PASS, Explainer
+from parchgrad.explainer import Explainer
+from parchgrad.methods import PIXELS_PER_PASS
 from parchgrad.tables import SelectionTable
 from tests.oracles import maps
 from tests.oracles.maps import Options

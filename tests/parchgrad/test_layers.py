@@ -6,7 +6,8 @@ from torch import nn
 
 from parchgrad.errors import OptionError, UnsupportedModelError
 from parchgrad.explainer import Explainer
-from parchgrad.layers import Convolution, convolutions, match
+from parchgrad.layers import Convolution, convolutions
+from parchgrad.patterns import match
 from parchgrad.tables import SelectionTable
 from tests.oracles import maps
 from tests.oracles.maps import Options

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from parchgrad.defaults import CONSERVE
 from parchgrad.errors import OptionError, UnsupportedModelError
 from parchgrad.explainer import Explainer
-from parchgrad.rule import CONSERVE, channel_factors, image_factors, side_moments
+from parchgrad.rule import channel_factors, image_factors, side_moments
 from parchgrad.runtimes import Plan
 from parchgrad.runtimes.pruned import engine
 from parchgrad.tables import SelectionTable

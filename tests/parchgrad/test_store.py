@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from parchgrad.build import Local, Reader, Work, build_table, gather, note_of, subject_of
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, EvidenceError, ParchGradError
 from parchgrad.evidence import EVIDENCE_FILE, IMAGES_FILE, Evidence
 from parchgrad.files import file_sha256
@@ -26,7 +27,7 @@ from parchgrad.models import add_model, build_network, load_model
 from parchgrad.preprocessing import Preprocessing
 from parchgrad.sources import open_source
 from parchgrad.store import examine, read_evidence, write_table
-from parchgrad.tables import MANIFEST_FILE, TENSORS_FILE, Defaults, load_table
+from parchgrad.tables import MANIFEST_FILE, TENSORS_FILE, load_table
 
 LABELS = ["cat", "dog", "tree", "bus"]
 FACTORY = "tests.parchgrad.factories:small"

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from parchgrad.defaults import Defaults
 from parchgrad.errors import OptionError, TableError, UncoveredTargetError
 from parchgrad.files import new_folder
-from parchgrad.selection import best_ranked, by_class, by_instance, channels_of_quantile
+from parchgrad.quantiles import channels_of_quantile, quantile_of_layers
+from parchgrad.selection import best_ranked, by_class, by_instance
 from parchgrad.statistics import ClassMoments
-from parchgrad.tables import Defaults, LayerTable, SelectionTable, load_table, quantile_of_layers
+from parchgrad.tables import LayerTable, SelectionTable, load_table
 from tests.oracles import selection
 from tests.oracles.tolerance import assert_close
 from tests.parchgrad.networks import build, layer_table, table_for

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, OptionError, TableError, UncoveredTargetError
 from parchgrad.evaluation import tune as tune_module
 from parchgrad.evaluation.images import mosaics_of
@@ -25,10 +26,11 @@ from parchgrad.evaluation.report import (
 from parchgrad.evaluation.tune import Grid, choose, halves, hit_intervals, intervals, mosaic_seeds, tune
 from parchgrad.evidence import digest_of
 from parchgrad.explainer import Explainer
-from parchgrad.layers import match
+from parchgrad.patterns import match
 from parchgrad.preprocessing import Preprocessing
+from parchgrad.quantiles import quantile_of_layers
 from parchgrad.sources import ImageFolder
-from parchgrad.tables import Defaults, LayerTable, SelectionTable, load_table, quantile_of_layers
+from parchgrad.tables import LayerTable, SelectionTable, load_table
 
 LABELS = ("red", "green", "blue", "white", "never")
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220), "white": (235, 235, 235)}

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parchgrad.rule import CONSERVE, Conserve, Factors, apply_factors, factors_of_sums, side_sums
+from parchgrad.defaults import CONSERVE
+from parchgrad.rule import Conserve, Factors, apply_factors, factors_of_sums, side_sums
 from parchgrad.runtimes import Plan
 from parchgrad.runtimes.pruned.gradient import Channels, Gradient, empty_like
 from parchgrad.selection import best_ranked

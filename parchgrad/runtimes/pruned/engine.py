@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from parchgrad.defaults import CONSERVE
 from parchgrad.errors import UnsupportedModelError
-from parchgrad.rule import CONSERVE
 from parchgrad.runtimes import Gradients, Plan, Points
 from parchgrad.runtimes.dense import checked_logits, mixed_score, took_no_part
 from parchgrad.runtimes.pruned.batched import BatchRules, staged
