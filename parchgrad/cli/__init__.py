@@ -10,12 +10,13 @@ import click
 from parchgrad import __version__
 from parchgrad.cli.evaluate import evaluate
 from parchgrad.cli.explain import explain
+from parchgrad.cli.export import export
 from parchgrad.cli.key import key_group
 from parchgrad.cli.model import model_group
 from parchgrad.cli.serve import serve
 from parchgrad.cli.table import table_group
 from parchgrad.cli.table_build import EXIT_INTERRUPTED
-from parchgrad.errors import DataError, ParchGradError
+from parchgrad.errors import DataError, ParchGradError, missing_package
 
 EXIT_DATA = 3
 
@@ -41,10 +42,15 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if (named := missing_package("This command", error)) is None:
+            raise
+        click.echo(f"Error: {named}", err=True)
+        sys.exit(1)
     except (ParchGradError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_DATA if isinstance(error, DataError) else 1)
 
 
-for command in (model_group, table_group, explain, evaluate, serve, key_group):
+for command in (model_group, table_group, explain, evaluate, export, serve, key_group):
     cli.add_command(command)

@@ -7,6 +7,7 @@ are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import onnx
@@ -17,11 +18,16 @@ from parchgrad.graph.values import Side, Values
 
 
 class Backward:
-    """`kept(name)` is the name, where the gradient is computed, of a value of the forward pass."""
+    """`kept(name)` is the name, where the gradient is computed, of a value of the forward pass.
 
-    def __init__(self, builder: Builder, values: Values, kept: Callable[[str], str], *, single: bool) -> None:
-        """`single`: the batch axis has length 1."""
-        self.b = builder
+    `single`: the batch axis has length 1. `once` is where what depends on no image is computed: a runtime does so when
+    it loads the graph, and the file holds the weights but once.
+    """
+
+    def __init__(
+        self, builder: Builder, values: Values, kept: Callable[[str], str], *, single: bool, once: Builder
+    ) -> None:
+        self.b, self.once = builder, once
         self.single = single
         self.values = values
         self.kept = kept
@@ -29,9 +35,11 @@ class Backward:
 
     def on_planes(self, channels: str) -> Backward:
         """The same where values are seen at these channels alone."""
-        return Backward(
-            self.b, self.values, lambda name: self.b.op("Gather", self.kept(name), channels, axis=1), single=True
-        )
+        picked = partial(self._picked, channels)
+        return Backward(self.b, self.values, picked, single=True, once=self.once)
+
+    def _picked(self, channels: str, name: str) -> str:
+        return self.b.op("Gather", self.kept(name), channels, axis=1)
 
     # --- shapes ---------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from parchgrad.graph.pooling import Pooled
 from parchgrad.graph.rule import Choice, Factors, Layer
 from parchgrad.graph.values import attributes
 
+LAST = 2**62  # before every beginning, counted from the end
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -95,7 +97,7 @@ class Convolution:
         """The gradient at the input from the whole of `grad` `(b, C, h, w)`."""
         g = self.geometry
         if g.mirrored:
-            return self._mirrored(grad, self._w.b.constant(_mirror(self.weight, g.groups)), g.groups)
+            return self._mirrored(grad, self._mirror(), g.groups)
         return self._transposed(grad, self.node.input[1], g.groups)
 
     def pull_scaled(self, grad: str, selected: str, factors: Factors) -> str:
@@ -125,12 +127,13 @@ class Convolution:
         b, g = self._w.b, self.geometry
         out, cin = self.weight.shape[:2]
         if g.pointwise:
-            matrix = b.op("Gather", b.constant(self.weight.reshape(out, cin), "rows"), rows, axis=0)
+            matrix = b.op(
+                "Gather", self._w.once.op("Reshape", self.node.input[1], self._w.once.ints(out, cin)), rows, axis=0
+            )
             product = b.op("Gemm", matrix, b.op("Flatten", some, axis=2), transA=1)
             return self._w.like(product, self._source)
         if g.mirrored and not self._small:
-            mirror = b.constant(_mirror(self.weight, 1), "mirror")
-            return self._mirrored(some, b.op("Gather", mirror, rows, axis=1), 1)
+            return self._mirrored(some, b.op("Gather", self._mirror(), rows, axis=1), 1)
         return self._transposed(some, b.op("Gather", self.node.input[1], rows, axis=0), 1)
 
     def _pull_planes(self, grad: Whole, own: Own, factors: Factors) -> Planes:
@@ -144,8 +147,8 @@ class Convolution:
         def few(c: Convolution) -> Planes:
             b = c._w.b
             some, rows = c._some(grad, own, factors, own.rows)
-            weight = _mirror(c.weight, c.geometry.groups) if c.geometry.mirrored else c.weight
-            kernels = b.op("Gather", b.constant(weight, "planes"), rows, axis=0)  # (R, 1, kh, kw)
+            weight = c._mirror() if c.geometry.mirrored else c.node.input[1]
+            kernels = b.op("Gather", weight, rows, axis=0)  # (R, 1, kh, kw)
             diagonal = b.op("Equal", b.op("Unsqueeze", rows, b.ints(1)), rows)
             matrix = b.op("Mul", kernels, b.op("CastLike", b.op("Unsqueeze", diagonal, b.ints(2, 3)), kernels))
             pulled = c._mirrored(some, matrix, 1) if c.geometry.mirrored else c._transposed(some, matrix, 1)
@@ -184,7 +187,11 @@ class Convolution:
         branches = {}
         for name, way in (("then_branch", then), ("else_branch", otherwise)):
             inner = Builder(b.dtype, f"{b.name(name)}/")
-            found = way(Convolution(Backward(inner, self._w.values, self._w.kept, single=self._w.single), self.node))
+            found = way(
+                Convolution(
+                    Backward(inner, self._w.values, self._w.kept, single=self._w.single, once=self._w.once), self.node
+                )
+            )
             kinds = {found.name: int(helper.np_dtype_to_tensor_dtype(b.dtype))}
             results = [
                 helper.make_tensor_value_info(one, kinds.get(one, onnx.TensorProto.INT64), None)
@@ -202,6 +209,20 @@ class Convolution:
         """So few positions that the transposed convolution's sums cost less than to pick mirrored kernels singly."""
         sides = self._w.known_sides(self.node.output[0], [2, 3])
         return sides is not None and sides[0] * sides[1] <= 64
+
+    def _mirror(self) -> str:
+        """The kernels turned round, inputs and outputs exchanged in each group: `(C_in, C / groups, kh, kw)`."""
+        b, g = self._w.once, self.geometry
+        out, cin, kh, kw = self.weight.shape
+        name = str(self.node.input[1])
+        if g.groups == 1:
+            name = b.op("Transpose", name, perm=[1, 0, 2, 3])
+        elif out > g.groups or cin > 1:
+            apart = b.op("Reshape", name, b.ints(g.groups, out // g.groups, cin, kh, kw))
+            name = b.op("Transpose", apart, perm=[0, 2, 1, 3, 4])
+            name = b.op("Reshape", name, b.ints(g.groups * cin, out // g.groups, kh, kw))
+        every = b.ints(-LAST, -LAST)
+        return b.op("Slice", name, b.ints(-1, -1), every, b.ints(2, 3), b.ints(-1, -1))
 
     def _mirrored(self, grad: str, weight: str, groups: int) -> str:
         g = self.geometry
@@ -229,10 +250,3 @@ class Convolution:
         if known or g.stride == (1, 1):
             return found
         return b.op("Slice", found, b.ints(0, 0), b.op("Shape", self._w.kept(self._source), start=2), b.ints(2, 3))
-
-
-def _mirror(weight: Array, groups: int) -> Array:
-    """Kernels turned round, inputs and outputs exchanged within each group: `(C_in, C / groups, kh, kw)`."""
-    out, cin, kh, kw = weight.shape
-    apart = weight.reshape(groups, out // groups, cin, kh, kw).transpose(0, 2, 1, 3, 4)
-    return np.ascontiguousarray(apart.reshape(groups * cin, out // groups, kh, kw)[:, :, ::-1, ::-1])

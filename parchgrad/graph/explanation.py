@@ -144,7 +144,7 @@ class _Assembly:
     # --- the backward pass --------------------------------------------------------------------------------
 
     def _together(self, outer: Builder, seed: str, choice: Choice) -> tuple[str, str]:
-        w = Backward(outer, self._values, lambda name: name, single=False)
+        w = Backward(outer, self._values, lambda name: name, single=False, once=outer)
 
         def convolved(conv: Convolution, layer: Layer, grad: Gradient, sides: str) -> tuple[Gradient, str]:
             grad = whole(w, grad, conv.node.output[0])
@@ -165,7 +165,7 @@ class _Assembly:
         def kept(name: str) -> str:
             return sliced.setdefault(name, inner.name("kept"))
 
-        w = Backward(inner, self._values, kept, single=True)
+        w = Backward(inner, self._values, kept, single=True, once=outer)
         without = ("rank", "order", "count", "rows")
         mine = replace(
             choice,

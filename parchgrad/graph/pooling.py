@@ -241,8 +241,9 @@ def _filled(w: Backward, node: onnx.NodeProto, cut: str) -> str:
             for side, pad, count, k, s in zip(sides, pads[:2], windows, kernel, stride, strict=True)
         ]
         return w.b.op("Pad", cut, w.b.ints(0, 0, 0, 0, 0, 0, *missing)) if any(missing) else cut
-    lacking = w.b.op("Sub", w.b.op("Shape", w.kept(node.input[0])), w.b.op("Shape", cut))
-    return w.b.op("Pad", cut, w.b.op("Concat", w.b.ints(0, 0, 0, 0), lacking, axis=0))
+    # Of the two sides alone: `cut` may have fewer channels than the input.
+    lacking = w.b.op("Sub", w.b.op("Shape", w.kept(node.input[0]), start=2), w.b.op("Shape", cut, start=2))
+    return w.b.op("Pad", cut, w.b.op("Concat", w.b.ints(0, 0, 0, 0, 0, 0), lacking, axis=0))
 
 
 def average_pooling(w: Backward, node: onnx.NodeProto, grad: str) -> list[str | None]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -23,6 +24,8 @@ from parchgrad.layers import convolutions
 from parchgrad.runtimes.view import private_view
 
 OPSET = 20
+# Where a slice without an end ends: beyond any axis.
+_LAST = 2**31 - 1
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 # Set by PyTorch's exporter on each node: the modules around it, outermost first, then the node's own name.
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -138,6 +141,7 @@ def _plain(program: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
     )(program)
     _drop_zero_biases(program.graph)
+    _drop_whole_slices(program.graph)
     _keep_batch(program.graph)
     common.RemoveUnusedNodesPass()(program)
 
@@ -149,6 +153,21 @@ def _drop_zero_biases(graph: ir.Graph) -> None:
             bias = _constant(node.inputs[2])
             if bias is not None and not bias.any():
                 node.resize_inputs(2)
+
+
+def _drop_whole_slices(graph: ir.Graph) -> None:
+    """What `x[:, 0]` cuts of the batch is all of it."""
+    for node in tuple(graph):
+        if node.op_type != "Slice" or node.outputs[0] in graph.outputs:
+            continue
+        source, start, end, _, *step = node.inputs
+        if source is None:
+            continue
+        starts, ends, steps = _constant(start), _constant(end), _constant(step[0]) if step else np.ones(1)
+        if any(bounds is None for bounds in (starts, ends, steps)) or starts.any():
+            continue
+        if (ends >= _LAST).all() and (steps == 1).all():
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
 
 
 def _keep_batch(graph: ir.Graph) -> None:
