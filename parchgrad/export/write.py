@@ -164,7 +164,7 @@ def export_openvino(
     The arguments that `export_onnx` has mean the same. It is made from the same graph, and checked as OpenVINO runs
     it on the CPU. Raises as `export_onnx`, and ExportError where the version is there and `force` is not given.
     """
-    from parchgrad.export.openvino_ir import adapt, write_ir
+    from parchgrad.export.openvino_ir import write_ir
 
     target = Path(folder) / model.name / model.version
     step = _Steps(progress)
@@ -172,7 +172,6 @@ def export_openvino(
     _require_free(target, force)
     graph = _graph(model, table, backward, step)
     with claimed(target.parent, PURPOSE), new_folder(target) as staged:
-        adapt(graph.graph)
         _save(graph, staged / GRAPH_FILE, external_data=graph.ByteSize() > LARGEST_FILE)
         write_ir(graph, staged / GRAPH_FILE, staged / IR_FILE)
         del graph

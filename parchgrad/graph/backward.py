@@ -75,7 +75,8 @@ class Backward:
 
     def positive(self, x: str) -> str:
         """1 where x > 0, else 0, as a number: one pass, where a comparison, a cast and a choice are three."""
-        return self.b.op("HardSigmoid", x, alpha=self._steep, beta=0.0)
+        # A beta of nothing: OpenVINO 2026.4 takes 0 for none given, and computes with the default of 0.5.
+        return self.b.op("HardSigmoid", x, alpha=self._steep, beta=-1e-30)
 
     def below(self, x: str, bound: float) -> str:
         """1 where x < bound, else 0."""

@@ -98,7 +98,7 @@ class Convolution:
         g = self.geometry
         if g.mirrored:
             return self._mirrored(grad, self._mirror(), g.groups)
-        return self._transposed(grad, self.node.input[1], g.groups)
+        return self._transposed(grad, self._turned(), g.groups)
 
     def pull_scaled(self, grad: str, selected: str, factors: Factors) -> str:
         """Every channel times its side's factor; `selected` `(b, C)` bool."""
@@ -209,6 +209,14 @@ class Convolution:
         """So few positions that the transposed convolution's sums cost less than to pick mirrored kernels singly."""
         sides = self._w.known_sides(self.node.output[0], [2, 3])
         return sides is not None and sides[0] * sides[1] <= 64
+
+    def _turned(self) -> str:
+        """The weights again, stored with two axes exchanged and turned back when the graph is loaded.
+
+        OpenVINO 2026.4 gives a Conv and a ConvTranspose of the same weights those of one in the order of the other.
+        """
+        b, turn = self._w.once, [1, 0, 2, 3]
+        return b.op("Transpose", b.constant(self.weight.transpose(turn), "turned"), perm=turn)
 
     def _mirror(self) -> str:
         """The kernels turned round, inputs and outputs exchanged in each group: `(C_in, C / groups, kh, kw)`."""
