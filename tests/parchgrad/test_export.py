@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,11 +23,13 @@ from parchgrad.cli import cli
 from parchgrad.errors import ExportError
 from parchgrad.explainer import Explainer
 from parchgrad.export import export_onnx, export_openvino, export_triton, parity, write
-from parchgrad.export.engines import Engine, onnx_runtime
+from parchgrad.export.engines import Engine, onnx_runtime, openvino_cpu
 from parchgrad.models import add_model, build_network, load_model
 from parchgrad.runtimes.onnx_metadata import METADATA_KEY, read_metadata
 from parchgrad.tables import SelectionTable, load_table
 
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 FACTORY = "tests.parchgrad.factories:small"
 CLASSES = 5
 INPUT = {"size": (24, 20), "rule": "stretch"}
@@ -158,7 +161,7 @@ def test_weights_in_a_file_of_their_own(project, tmp_path):
     _, model, table = project
     exported = export_onnx(model, table, tmp_path / "tiny.onnx", external_data=True)
     assert sorted(tree(tmp_path)) == ["tiny.onnx", "tiny.onnx.data", "tiny.parity.json"]
-    assert exported.report["checks"] == 12
+    assert exported.report["items"] == 12
     onnxruntime.InferenceSession(exported.path)
 
 
@@ -245,7 +248,7 @@ def test_a_second_version_joins_the_first(project, tmp_path):
 
 def test_the_report_has_every_check_of_mixed_batches(entry):
     report = entry[1].report
-    assert (report["checks"], report["same"], report["ties"]) == (12, 12, 0)
+    assert (report["items"], report["same"], report["ties"]) == (12, 12, 0)
     assert report["runtime"] == f"onnxruntime {onnxruntime.__version__}"
     items = report["items"]
     assert [item["batch"] for item in items] == [1, 3, 3, 3, *[8] * 8]
@@ -374,7 +377,7 @@ def test_default_pictures_are_the_same_every_time(project):
 def test_a_native_model_is_checked_on_another_size_too(tmp_path, monkeypatch):
     model, table = package(tmp_path, rule="native")
     report = export_onnx(model, table, tmp_path / "tiny.onnx").report
-    assert report["checks"] == 13
+    assert report["items"] == 13
     assert report["items"][-1]["image"] == "synthetic 16x31"
 
 
@@ -406,6 +409,55 @@ def test_openvino_reads_its_own_files(project, tmp_path):
     read = openvino.Core().read_model(exported.path)
     card = json.loads(read.get_rt_info([METADATA_KEY]).astype(str))
     assert card["model"]["name"] == "tiny"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    model = load_model(ROOT / "models/scenes")
+    return model, load_table(ROOT / "selection_tables/scenes", model)
+
+
+def test_openvino_computes_the_very_onnx_file(scenes, tmp_path):
+    """Two of its faults are gone round in the graph: a HardSigmoid of beta 0, and weights that two operators share."""
+    pytest.importorskip("openvino")
+    model, table = scenes
+    file = tmp_path / "scenes.onnx"
+    export_onnx(model, table, file, backward="dense")
+    images = torch.randn(3, 3, 20, 14, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "images": nn.functional.interpolate(images, (80, 57), mode="bilinear").numpy(),
+        "targets": np.array([-1, 3, 7]),
+        "quantile": np.array([[0.1], [0.3], [0.0]], dtype=np.float32),
+        "gamma": np.array([np.inf, 2.0, np.inf], dtype=np.float32),
+    }
+    found, expected = openvino_cpu(file).run(inputs), onnx_runtime(file).run(inputs)
+    for name, value in expected.items():
+        assert np.abs(found[name].astype(float) - value).max() <= 1e-5 * max(1.0, float(np.abs(value).max())), name
+
+
+# --- real weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data: real weights and photographs are not here")
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v2"])
+def test_real_weights_pass_the_gate_on_photographs(name, tmp_path):
+    add_model(name, weights=DATA / f"weights/{name}.pth", models_dir=tmp_path / "models")
+    model = load_model(tmp_path / "models" / name)
+    SelectionTable.random(model, 1000, 0).save(tmp_path / "tables" / name / "1")
+    table = load_table(tmp_path / "tables" / name, model)
+    photographs = sorted((DATA / "imagenet_val").glob("*.JPEG"))[:8]
+    report = export_triton(model, table, tmp_path / "graphs", images=photographs).report
+    assert [one["batch"] for one in report["items"]] == [1] + [3] * 3 + [8] * 8
+    assert {one["verdict"] for one in report["items"]} <= {"same", "tie"}
+    assert sum(one["verdict"] == "same" for one in report["items"]) >= 6
+    assert max(one["logits_error"] for one in report["items"]) <= 1e-5
+
+
+def test_the_bundled_model_passes_the_gate_without_a_tie(scenes, tmp_path):
+    model, table = scenes
+    report = export_triton(model, table, tmp_path).report
+    assert {one["verdict"] for one in report["items"]} == {"same"}
+    assert max(one["map_error"] for one in report["items"]) <= 1e-5
 
 
 # --- the command ----------------------------------------------------------------------------------------------
