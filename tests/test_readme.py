@@ -52,6 +52,15 @@ def test_the_curl_lines_answer(server, tmp_path, line):
         assert b'"predictions"' in ran.stdout
 
 
+def test_the_export_line_writes_an_entry(tmp_path):
+    (line,) = lines_of("", "parchgrad export")
+    arguments = shlex.split(line.partition("#")[0])[1:]
+    command = [sys.executable, "-m", "parchgrad", *arguments, "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "scenes/1/model.onnx").is_file()
+    assert (tmp_path / "scenes/config.pbtxt").is_file()
+
+
 def test_the_make_targets_exist():
     targets = {line.split()[1] for line in lines_of("", "make")} | {"serve"}
     assert {"demo", "test"} <= targets

@@ -66,6 +66,8 @@ def pull(w: Backward, node: onnx.NodeProto, grads: Sequence[Gradient | None]) ->
         return [pooled if w.single else pooled.whole()]
     if node.name in w.passed:
         return [grad]
+    if isinstance(grad, Pooled) and (joined := _parts(w, node, grad)):
+        return joined
     rule = DERIVATIVES[node.op_type]
     if not is_elementwise(w, node):
         found = rule(w, node, whole(w, grad, node.output[0]))
@@ -77,6 +79,23 @@ def pull(w: Backward, node: onnx.NodeProto, grads: Sequence[Gradient | None]) ->
         parts = rule(w.on_planes(grad.channels), node, grad.name)
         return [None if one is None else replace(grad, name=one) for one in parts]
     return _whole(rule(w, node, grad))
+
+
+def _parts(w: Backward, node: onnx.NodeProto, grad: Pooled) -> list[Gradient | None]:
+    """Of values joined and then pooled, where each comes from a convolution, which can do with the parts; else none."""
+    if node.op_type != "Concat" or attributes(node)["axis"] % w.values.rank(node.output[0]) != 1:
+        return []
+    found: list[Gradient | None] = []
+    start = 0
+    for name in node.input:
+        relu = w.values.producer(name)
+        made = None if relu is None else w.values.producer(relu.input[0])
+        known = w.known_sides(name, [1])
+        if relu is None or relu.name not in w.passed or made is None or made.op_type != "Conv" or known is None:
+            return []
+        found.append(grad.of_channels(range(start, start + known[0])))
+        start += known[0]
+    return found
 
 
 def whole(w: Backward, grad: Gradient, name: str) -> Whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -65,13 +65,24 @@ class Pooled:
     reach: Pair  # coarse places behind a window's first
     pads: tuple[int, ...]
     shares: dict[Pair, str]  # by place in the window: (b * C * grid,), 0 between the windows
+    channels: range | None = None  # of the pooled value's channels; None: all
+
+    def of_channels(self, channels: range) -> Pooled:
+        """The gradient of a part of what was pooled, as of one of several values joined before."""
+        return replace(self, channels=channels)
 
     def whole(self) -> Whole:
-        return Whole(self._placed(self.shares, self.w.side(self.node.output[0], 1)))
+        placed = self._placed(self.shares, self.w.side(self.node.output[0], 1))
+        if self.channels is None:
+            return Whole(placed)
+        b, part = self.w.b, self.channels
+        return Whole(b.op("Slice", placed, b.ints(part.start), b.ints(part.stop), b.ints(1)))
 
     def some(self, channels: str) -> str:
         """These channels `(R,)`, `(1, R, h, w)`, of one image."""
         b = self.w.b
+        if self.channels is not None:
+            channels = b.op("Add", channels, b.ints(self.channels.start))
         parts = {place: b.op("Gather", one, channels, axis=0) for place, one in self._planes().items()}
         return self._placed(parts, b.op("Shape", channels))
 
@@ -79,6 +90,10 @@ class Pooled:
         """`sides` `(1, 2, C)` times the gradient, `(1, 2, h * w)`, of one image."""
         b = self.w.b
         flat = b.op("Squeeze", sides, b.ints(0))
+        if self.channels is not None:
+            # The others count for nothing: quicker than to cut them off.
+            behind = b.op("Sub", self.w.side(self.node.output[0], 1), b.ints(self.channels.stop))
+            flat = b.op("Pad", flat, b.op("Concat", b.ints(0, self.channels.start, 0), behind, axis=0))
         parts = {place: b.op("MatMul", flat, one) for place, one in self._planes().items()}
         return b.op("Reshape", self._placed(parts, b.ints(2)), b.ints(1, 2, -1))
 

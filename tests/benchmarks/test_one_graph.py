@@ -21,6 +21,7 @@ from benchmarks.graph_profile import (
     SUMS,
     Profile,
     gradient_passes,
+    noted_parts,
     profile,
 )
 from benchmarks.one_graph import Cell, Report, cells, markdown
@@ -30,12 +31,17 @@ CLASSES, SIZE = 5, 12
 
 
 class Tiny(nn.Module):
-    """BatchNorm, a ReLU, a max-pool, and an auxiliary convolution that takes no part."""
+    """BatchNorm, ReLUs, a max-pool, and an auxiliary convolution that takes no part."""
 
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3), nn.ReLU()
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 12, 3),
+            nn.ReLU6(),
         )
         self.unused = nn.Conv2d(8, 2, 1)
         self.head = nn.Linear(12, CLASSES)
@@ -105,6 +111,20 @@ def test_the_profile_finds_every_part(tiny):
     assert all(found.explanation_parts[part] > 0 for part in (FORWARD, PRODUCTS, ROWS, SUMS, POOLS))
     assert min(found.predict, found.explain, found.passes) > 0
     assert 0 < found.prediction_nodes < found.explanation_nodes
+
+
+def test_every_node_belongs_to_who_wrote_it(tiny):
+    prediction = traced(tiny)
+    with noted_parts() as parts:
+        explained(tiny, prediction, "pruned")
+    found = {}
+    for name, part in parts.items():
+        found.setdefault(name.split("/")[-1].rpartition("_")[0], set()).add(part)
+    assert found["ReduceSumSquare"] == {SUMS}
+    assert found["ConvTranspose"] == found["Conv"] == found["Gemm"] == {PRODUCTS}
+    assert found["SpaceToDepth"] == {POOLS}
+    assert found["HardSigmoid"] == {MASKS, POOLS}
+    assert ROWS in found["Gather"]
 
 
 def test_the_floor_is_one_pass_over_every_convolutions_output(tiny):
