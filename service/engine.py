@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from parchgrad.errors import AbandonedError
+
 if TYPE_CHECKING:
     from parchgrad.options import Options
     from parchgrad.preprocessing import Preprocessing
@@ -212,3 +214,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def attempted(
+    run: Callable[[], list[Result | None]], images: int, give_back: Callable[[], None]
+) -> list[Result | None]:
+    """What `run` gives for so many images; None for each where nobody wants any of them.
+
+    Raises DeviceMemoryError where there was no memory for them, after `give_back`.
+    """
+    try:
+        return run()
+    except AbandonedError:
+        return [None] * images
+    except Exception as error:  # the runtimes' own have no class in common but this
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: the exception's frames hold the arrays that are to be given back.
+    give_back()
+    raise DeviceMemoryError(f"The device has not the memory for {images} images.")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parchgrad.errors import AbandonedError, ModelError
+from parchgrad.errors import ModelError
 from service import memory
-from service.engine import Computed, DeviceMemoryError, Job, Result, Room, Wanted, columns, is_out_of_memory
+from service.engine import Computed, Job, Result, Room, Wanted, attempted, columns
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -85,17 +85,7 @@ class OnnxEngine:
         return self._room.capacity(job)
 
     def run(self, jobs: Sequence[Job], wanted: Wanted | None = None) -> list[Result | None]:
-        try:
-            return self._run(jobs, wanted)
-        except AbandonedError:
-            return [None] * len(jobs)
-        except Exception as error:  # ONNX Runtime's own have no class in common but this
-            if not is_out_of_memory(error):
-                raise
-            message = f"The device has not the memory for {len(jobs)} images."
-        # Outside the handler: the exception's frames hold the arrays that are to be given back.
-        memory.give_back()
-        raise DeviceMemoryError(message)
+        return attempted(lambda: self._run(jobs, wanted), len(jobs), memory.give_back)
 
     def _run(self, jobs: Sequence[Job], wanted: Wanted | None) -> list[Result | None]:
         from parchgrad.runtimes.array_explanation import softmax

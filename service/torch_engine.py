@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from parchgrad.errors import AbandonedError, ModelError, TableError
+from parchgrad.errors import ModelError, TableError
 from service import memory
-from service.engine import Computed, DeviceMemoryError, Job, Result, Room, Wanted, columns, is_out_of_memory
+from service.engine import Computed, Job, Result, Room, Wanted, attempted, columns
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -78,17 +78,7 @@ class TorchEngine:
         return self._room.capacity(job)
 
     def run(self, jobs: Sequence[Job], wanted: Wanted | None = None) -> list[Result | None]:
-        try:
-            return self._run(jobs, wanted)
-        except AbandonedError:
-            return [None] * len(jobs)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = f"The device has not the memory for {len(jobs)} images."
-        # Outside the handler: the exception's frames hold the tensors that are to be given back.
-        _release_cached_memory()
-        raise DeviceMemoryError(message)
+        return attempted(lambda: self._run(jobs, wanted), len(jobs), _release_cached_memory)
 
     def _run(self, jobs: Sequence[Job], wanted: Wanted | None) -> list[Result | None]:
         import torch
