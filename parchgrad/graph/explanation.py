@@ -8,7 +8,7 @@ weights that the rule leaves something of; `dense` takes the batch together and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from parchgrad.graph.builder import Builder
 from parchgrad.graph.convolution import Convolution, Own
 from parchgrad.graph.derivatives import Gradient, added, pull, whole
 from parchgrad.graph.folding import fold_batch_norms
-from parchgrad.graph.gradients import Planes, Whole
+from parchgrad.graph.gradients import Even, Planes, Whole
 from parchgrad.graph.pooling import Pooled
 from parchgrad.graph.prediction import OPSET, Prediction
 from parchgrad.graph.rule import Choice, Layer, choose, factors, side_sums
@@ -145,19 +145,33 @@ class _Assembly:
 
     def _together(self, outer: Builder, seed: str, choice: Choice) -> tuple[str, str]:
         w = Backward(outer, self._values, lambda name: name, single=False, once=outer)
+        sides = self._sides_of_layers(outer, choice)
+        fine: dict[int, str] = {}
 
-        def convolved(conv: Convolution, layer: Layer, grad: Gradient, sides: str) -> tuple[Gradient, str]:
+        def convolved(conv: Convolution, layer: Layer, grad: Gradient) -> Gradient:
             grad = whole(w, grad, conv.node.output[0])
-            found = factors(outer, layer, side_sums(outer, sides, grad), choice, self._positions(conv), self._conserve)
+            sums = side_sums(outer, sides[layer.number], grad)
+            found = factors(outer, layer, sums, choice, self._positions(conv), self._conserve)
+            fine[layer.number] = found.fine
             selected = outer.op(
                 "Slice", choice.selected, outer.ints(layer.offset), outer.ints(layer.end), outer.ints(1)
             )
-            return Whole(conv.pull_scaled(grad, selected, found)), found.fine
+            return Whole(conv.pull_scaled(grad, selected, found))
 
-        return self._gradient(w, seed, choice, convolved)
+        grads: dict[str, Gradient] = {"logits": Whole(seed)}
+        self._back(w, reversed(self._values.nodes), grads, convolved)
+        return self._ended(w, grads, fine, choice.count)
 
     def _scanned(self, outer: Builder, seed: str, choice: Choice) -> tuple[str, str]:
-        """Each image by itself: its values are slices of the batch's, with a batch axis of 1."""
+        """Each image by itself: its values are slices of the batch's, with a batch axis of 1.
+
+        The batch goes back through the classifier together: its weights are read once for all.
+        """
+        head, rest = self._parts()
+        together = Backward(outer, self._values, lambda name: name, single=False, once=outer)
+        grads: dict[str, Gradient] = {"logits": Whole(seed)}
+        self._back(together, head, grads, _no_convolution)
+
         inner = Builder(self._dtype, "image/")
         sliced: dict[str, str] = {}  # with a batch axis of 1
         bare: dict[str, str] = {}  # without one
@@ -166,6 +180,7 @@ class _Assembly:
             return sliced.setdefault(name, inner.name("kept"))
 
         w = Backward(inner, self._values, kept, single=True, once=outer)
+        w.passed |= together.passed
         without = ("rank", "order", "count", "rows")
         mine = replace(
             choice,
@@ -175,6 +190,7 @@ class _Assembly:
                 for name in [getattr(choice, field.name)]
             },
         )
+        sides = self._sides_of_layers(inner, mine)
         layers = list(self._layers.values())
         each = inner.ints(*[1] * len(layers))
         counts, rows = (
@@ -183,39 +199,39 @@ class _Assembly:
         )
         within = np.concatenate([np.arange(layer.channels) for layer in layers])
         numbers = outer.constant(within.reshape(1, -1, 1, 1), "numbers")
+        fine: dict[int, str] = {}
 
-        def convolved(conv: Convolution, layer: Layer, grad: Gradient, sides: str) -> tuple[Gradient, str]:
+        def convolved(conv: Convolution, layer: Layer, grad: Gradient) -> Gradient:
+            here = sides[layer.number]
             if isinstance(grad, Planes):
-                here = inner.op("Gather", sides, grad.channels, axis=2)
-                sums = side_sums(inner, here, grad.name)
+                sums = side_sums(inner, inner.op("Gather", here, grad.channels, axis=2), grad.name)
             elif isinstance(grad, Pooled):
-                sums = grad.sums(sides)
+                sums = grad.sums(here)
             else:
                 grad = whole(w, grad, conv.node.output[0])
-                sums = side_sums(inner, sides, grad)
+                sums = side_sums(inner, here, grad)
             found = factors(inner, layer, sums, mine, self._positions(conv), self._conserve)
+            fine[layer.number] = found.fine
             own = Own(layer, mine, numbers, counts[layer.number], rows[layer.number], mine.infinite)
-            return conv.pull_rows(grad, own, found), found.fine
+            return conv.pull_rows(grad, own, found)
 
-        acts = replace(mine, count=inner.op("Unsqueeze", mine.count, inner.ints(0)))
-        grad, identity = self._gradient(w, kept(seed), acts, convolved)
+        grads = {name: Even(kept(one)) if isinstance(one, Even) else Whole(kept(one)) for name, one in grads.items()
+                 if isinstance(one, Even | Whole)}  # fmt: skip
+        self._back(w, rest, grads, convolved)
+        grad, identity = self._ended(w, grads, fine, inner.op("Unsqueeze", mine.count, inner.ints(0)))
         results = [inner.op("Squeeze", value, inner.ints(0)) for value in (grad, identity)]
-        sources = {**sliced, **bare}
+        kinds = {name: self._kind_of(source, choice) for source, name in (*sliced.items(), *bare.items())}
         body = helper.make_graph(
             inner.nodes,
             "explanation_of_one_image",
-            [
-                helper.make_tensor_value_info(name, self._kind_of(source, choice), None)
-                for source, name in sources.items()
-            ],
+            [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()],
             [
                 helper.make_tensor_value_info(name, kind, None)
                 for name, kind in zip(results, (self._kind, TensorProto.INT64), strict=True)
             ],
             inner.initializers,
         )
-        scanned = [outer.op("Unsqueeze", source, outer.ints(1)) for source in sliced]
-        scanned += bare
+        scanned = [*(outer.op("Unsqueeze", source, outer.ints(1)) for source in sliced), *bare]
         one, two = outer.ops("Scan", scanned, 2, body=body, num_scan_inputs=len(scanned))
         return one, two
 
@@ -233,25 +249,18 @@ class _Assembly:
         known = [side for side in sides if isinstance(side, int)]
         return int(np.prod(known)) if len(known) == len(sides) else None
 
-    def _gradient(
+    def _back(
         self,
         w: Backward,
-        seed: str,
-        choice: Choice,
-        convolved: Callable[[Convolution, Layer, Gradient, str], tuple[Gradient, str]],
-    ) -> tuple[str, str]:
-        """The gradient at the images, and how many layers of each passed it unchanged, `(b,)`.
+        nodes: Iterable[onnx.NodeProto],
+        grads: dict[str, Gradient],
+        convolved: Callable[[Convolution, Layer, Gradient], Gradient],
+    ) -> None:
+        """Take `grads`, of values by name, back through the nodes, the last first.
 
-        `convolved` takes a convolution's output gradient to its input, and says where the rule was no identity.
+        `convolved` takes the gradient at the output of a convolution under the rule to its input.
         """
-        b = w.b
-        widths = [layer.channels for layer in self._layers.values()]
-        sides = (
-            b.ops("Split", (choice.sides, b.ints(*widths)), len(widths), axis=2) if len(widths) > 1 else [choice.sides]
-        )
-        grads: dict[str, Gradient] = {"logits": Whole(seed)}
-        fine: dict[int, str] = {}
-        for node in reversed(self._values.nodes):
+        for node in nodes:
             arrived = [grads.pop(name, None) for name in node.output]
             if not any(arrived) or not self._values.of_images.intersection(node.input):
                 continue
@@ -263,21 +272,40 @@ class _Assembly:
                 if layer is None:
                     pulled: list[Gradient | None] = [Whole(conv.pull(whole(w, grad, node.output[0])))]
                 else:
-                    result, fine[layer.number] = convolved(conv, layer, grad, sides[layer.number])
-                    pulled = [result]
+                    pulled = [convolved(conv, layer, grad)]
             else:
                 pulled = pull(w, node, arrived)
             for name, part in zip(node.input, pulled, strict=False):
                 if part is not None and name in self._values.of_images:
                     grads[name] = added(w, grads[name], part, name) if name in grads else part
+
+    def _ended(self, w: Backward, grads: dict[str, Gradient], fine: dict[int, str], count: str) -> tuple[str, str]:
+        """The gradient at the images, and how many layers of each passed it unchanged, `(b,)`."""
+        b = w.b
         if "images" not in grads:
             raise UnsupportedModelError("Nothing of the logits' gradient comes back to the images.")
         unreached = [name for name, layer in self._layers.items() if layer.number not in fine]
         if unreached:
             raise UnsupportedModelError(f"No gradient comes back to the convolution '{unreached[0]}'.")
         passed = b.op("Not", b.op("Squeeze", b.op("Concat", *(fine[i] for i in sorted(fine)), axis=1), b.ints(2)))
-        idle = b.op("And", passed, b.op("Greater", choice.count, b.integer(0)))
+        idle = b.op("And", passed, b.op("Greater", count, b.integer(0)))
         return whole(w, grads["images"], "images"), _count_true(b, idle)
+
+    def _sides_of_layers(self, b: Builder, choice: Choice) -> list[str]:
+        widths = [layer.channels for layer in self._layers.values()]
+        if len(widths) == 1:
+            return [choice.sides]
+        return b.ops("Split", (choice.sides, b.ints(*widths)), len(widths), axis=2)
+
+    def _parts(self) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+        """The nodes, the last first, up to the last convolution, and from there on."""
+        nodes = list(reversed(self._values.nodes))
+        first = next((i for i, node in enumerate(nodes) if node.op_type == "Conv"), len(nodes))
+        return nodes[:first], nodes[first:]
+
+
+def _no_convolution(conv: Convolution, layer: Layer, grad: Gradient) -> Gradient:
+    raise AssertionError("there is none behind the last convolution")
 
 
 def _count_true(b: Builder, flags: str) -> str:

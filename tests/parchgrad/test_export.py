@@ -161,7 +161,7 @@ def test_weights_in_a_file_of_their_own(project, tmp_path):
     _, model, table = project
     exported = export_onnx(model, table, tmp_path / "tiny.onnx", external_data=True)
     assert sorted(tree(tmp_path)) == ["tiny.onnx", "tiny.onnx.data", "tiny.parity.json"]
-    assert exported.report["items"] == 12
+    assert exported.report["checks"] == 12
     onnxruntime.InferenceSession(exported.path)
 
 
@@ -248,7 +248,7 @@ def test_a_second_version_joins_the_first(project, tmp_path):
 
 def test_the_report_has_every_check_of_mixed_batches(entry):
     report = entry[1].report
-    assert (report["items"], report["same"], report["ties"]) == (12, 12, 0)
+    assert (report["checks"], report["same"], report["ties"]) == (12, 12, 0)
     assert report["runtime"] == f"onnxruntime {onnxruntime.__version__}"
     items = report["items"]
     assert [item["batch"] for item in items] == [1, 3, 3, 3, *[8] * 8]
@@ -377,7 +377,7 @@ def test_default_pictures_are_the_same_every_time(project):
 def test_a_native_model_is_checked_on_another_size_too(tmp_path, monkeypatch):
     model, table = package(tmp_path, rule="native")
     report = export_onnx(model, table, tmp_path / "tiny.onnx").report
-    assert report["items"] == 13
+    assert report["checks"] == 13
     assert report["items"][-1]["image"] == "synthetic 16x31"
 
 
