@@ -134,6 +134,7 @@ def _plain(program: ir.Model) -> None:
 
     Equal nodes stay apart: the rule acts at each convolution, also where two share weights and input.
     """
+    _count_windows(program.graph)
     onnxscript.optimizer.fold_constants(program, onnx_shape_inference=True)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
@@ -144,6 +145,32 @@ def _plain(program: ir.Model) -> None:
     _drop_whole_slices(program.graph)
     _keep_batch(program.graph)
     common.RemoveUnusedNodesPass()(program)
+
+
+def _count_windows(graph: ir.Graph) -> None:
+    """Max-pools of `ceil_mode` by the paddings that give as many windows, where sides are known.
+
+    A last window that begins in the padding does not count: not to PyTorch nor to ONNX Runtime, but to ONNX's shape
+    inference (1.23).
+    """
+    for node in graph:
+        if node.op_type != "MaxPool" or not node.attributes.get_int("ceil_mode", 0):
+            continue
+        shapes = [one.shape for one in (node.inputs[0], node.outputs[0]) if one is not None and one.shape is not None]
+        if len(shapes) < 2:
+            continue
+        sides, windows = ([side for side in list(one)[2:] if isinstance(side, int)] for one in shapes)
+        kernel = node.attributes.get_ints("kernel_shape")
+        if not len(sides) == len(windows) == len(kernel):
+            continue
+        strides = node.attributes.get_ints("strides", [1] * len(sides))
+        spread = node.attributes.get_ints("dilations", [1] * len(sides))
+        pads = list(node.attributes.get_ints("pads", [0] * 2 * len(sides)))
+        for axis, (side, count) in enumerate(zip(sides, windows, strict=True)):
+            reach = (count - 1) * strides[axis] + spread[axis] * (kernel[axis] - 1) + 1
+            pads[len(sides) + axis] = max(0, reach - side - pads[axis])
+        node.attributes["pads"] = ir.AttrInt64s("pads", pads)
+        node.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)
 
 
 def _drop_zero_biases(graph: ir.Graph) -> None:

@@ -214,3 +214,27 @@ class Pair(networks.Branching):
 def test_a_network_of_two_results_is_refused():
     with pytest.raises(UnsupportedModelError, match="gives 2 tensors; expected the logits alone"):
         trace_prediction(networks.build(Pair, dtype=torch.float32), (12, 12), False)
+
+
+@pytest.mark.parametrize("geometry", [(2, 2, 1, 6, 7), (3, 4, 1, 10, 13), (2, 3, 1, 8, 9), (3, 2, 0, 16, 17)], ids=str)
+def test_a_last_window_that_begins_in_the_padding_is_none(geometry):
+    """ONNX's shape inference counts it; PyTorch and ONNX Runtime do not."""
+    kernel, stride, padding, *size = geometry
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=True)
+
+        def forward(self, images):
+            return self.pool(self.conv(images)).flatten(1)
+
+    model = Pooled().eval()
+    images = torch.randn(2, 3, *size)
+    found = trace_prediction(model, tuple(size), native=False).model
+    expected = model(images).detach().numpy()
+    (logits,) = found.graph.output
+    assert logits.type.tensor_type.shape.dim[1].dim_value == expected.shape[1]
+    session = onnxruntime.InferenceSession(found.SerializeToString())
+    np.testing.assert_allclose(session.run(["logits"], {"images": images.numpy()})[0], expected, atol=1e-5)
