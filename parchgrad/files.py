@@ -92,11 +92,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     nor a full disk ever leaves half a folder, and then removed. What killed processes left is removed as well.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for scrap in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
-        with suppress(FileNotFoundError), _held(scrap) as ours:
-            if ours:
-                shutil.rmtree(scrap, ignore_errors=True)
-    with _staging(target) as made:
+    with scratch_folder(target) as made:
         staged = made / target.name
         staged.mkdir()
         yield staged
@@ -117,11 +113,15 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, held as long as it is there, removed at the end.
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, held as long as it is there, removed at the end; what killed processes left goes too.
 
     Named only once it is held: under that name, one that nobody holds is a killed process's.
     """
+    for scrap in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        with suppress(FileNotFoundError), _held(scrap) as ours:
+            if ours:
+                shutil.rmtree(scrap, ignore_errors=True)
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".making"))
     named = made.with_suffix(".new")
     try:

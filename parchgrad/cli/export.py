@@ -19,7 +19,6 @@ IMAGES = click.Path(exists=True, path_type=Path)
 # What only some formats know.
 ONLY = {
     "external_data": ("onnx", "triton"),
-    "force": ("triton", "openvino"),
     "max_batch_size": ("triton",),
     "queue_microseconds": ("triton",),
     "threads": ("triton",),
@@ -81,7 +80,7 @@ def export(
         if kind == "onnx":
             done = exports.export_onnx(
                 loaded, opened, where, backward=backward or "pruned", conserve=conserve, external_data=external_data,
-                images=files, progress=progress,
+                images=files, force=force, progress=progress,
             )  # fmt: skip
         elif kind == "triton":
             done = exports.export_triton(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from parchgrad.explainer import Explainer
 from parchgrad.export import parity
 from parchgrad.export.card import describe
 from parchgrad.export.engines import Engine, onnx_runtime, openvino_cpu
-from parchgrad.files import claimed, new_folder, write_tensors, write_text
+from parchgrad.files import claimed, new_folder, scratch_folder, write_tensors, write_text
 from parchgrad.graph.explanation import explanation_graph
 from parchgrad.graph.prediction import trace_prediction
 from parchgrad.models import Model
@@ -56,9 +55,11 @@ def export_onnx(
     conserve: str | None = None,
     external_data: bool = False,
     images: Sequence[str | os.PathLike[str]] = (),
+    force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
-    """Write prediction and explanation as the ONNX file `path`, and its report beside it, `<stem>.parity.json`.
+    """Write prediction and explanation as the ONNX file `path`; beside it its report, `<stem>.parity.json`, and golden
+    record, `<stem>.golden.safetensors`.
 
     Args:
         backward: `pruned` computes only what an infinite gamma keeps; `dense` computes everything. The maps are
@@ -67,8 +68,9 @@ def export_onnx(
         external_data: weights in a file of their own, `<path>.data`; needed beyond 2 GB.
         images: image files the graph is checked on; default synthetic ones.
 
-    What is at `path` already is replaced. Raises ExportError where the graph differs from PyTorch or an option of
-    the table's defaults is none a graph has, UnsupportedModelError where the network cannot be exported; nothing
+    With `force` an export that is at `path` already is replaced. Raises ExportError where there is something at
+    `path` and `force` is not given or it is no export, where the graph differs from PyTorch, and where an option of
+    the table's defaults is none a graph has; UnsupportedModelError where the network cannot be exported. Nothing
     is written then.
     """
     path = Path(path)
@@ -76,19 +78,22 @@ def export_onnx(
         raise ExportError(f"'{path.parent}' is no folder, expected the one that '{path.name}' goes to.")
     step = _Steps(progress)
     table = _own(model, table, conserve)
+    report_file, weights = path.with_name(f"{path.stem}.{PARITY_FILE}"), Path(f"{path}.data")
+    for file in (path, weights):
+        _require_free(file, report_file, force)
     graph = _graph(model, table, backward, step)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        staged = Path(scratch)
+    with scratch_folder(path) as staged:
         _save(graph, staged / path.name, external_data)
         del graph  # as large as the engine that now loads it
         step()
         record = _record(model, table, staged / golden.GOLDEN_FILE)
         report = _checked(onnx_runtime(staged / path.name), model, table, record, images, step)
-        (staged / golden.GOLDEN_FILE).unlink()
-        write_text(staged / f"{path.stem}.{PARITY_FILE}", _json(report))
-        # The old graph goes first: one whose weights lie beside it must not find others there.
-        path.unlink(missing_ok=True)
-        Path(f"{path}.data").unlink(missing_ok=True)
+        (staged / golden.GOLDEN_FILE).rename(staged / f"{path.stem}.{golden.GOLDEN_FILE}")
+        write_text(staged / report_file.name, _json(report))
+        if weights.exists():
+            # A graph whose weights lie beside it must not find others there.
+            path.unlink(missing_ok=True)
+            weights.unlink()
         for file in sorted(staged.iterdir(), key=lambda file: file.name == path.name):
             file.chmod(0o644)
             os.replace(file, path.parent / file.name)
@@ -125,7 +130,7 @@ def export_triton(
     step = _Steps(progress)
     table = _own(model, table, conserve)
     labels = "".join(f"{label}\n" for label in model.labels)
-    _require_free(target, force)
+    _require_free(target, target / PARITY_FILE, force)
     graph = _graph(model, table, backward, step)
     described = triton.config(model.name, graph, max_batch_size, queue_microseconds, threads)
     beside = {triton.CONFIG_FILE: described, triton.LABELS_FILE: labels}
@@ -169,7 +174,7 @@ def export_openvino(
     target = Path(folder) / model.name / model.version
     step = _Steps(progress)
     table = _own(model, table, conserve)
-    _require_free(target, force)
+    _require_free(target, target / PARITY_FILE, force)
     graph = _graph(model, table, backward, step)
     with claimed(target.parent, PURPOSE), new_folder(target) as staged:
         _save(graph, staged / GRAPH_FILE, external_data=graph.ByteSize() > LARGEST_FILE)
@@ -277,12 +282,13 @@ def _read(
     return pictures, [parity.Picture(name, preprocessing.apply(first)[0])] if native else []
 
 
-def _require_free(target: Path, force: bool) -> None:
+def _require_free(target: Path, report: Path, force: bool) -> None:
+    """Nothing at `target`, or, with `force`, an export, which has its `report`."""
     if target.exists() and not force:
         raise ExportError(f"'{target}' exists already; --force replaces it.")
-    if target.exists() and not (target / PARITY_FILE).is_file():
-        # A model package or a table has the same name and version: it is not ours to replace.
-        raise ExportError(f"'{target}' is no exported graph, which --force would replace; it has no {PARITY_FILE}.")
+    if target.exists() and not report.is_file():
+        # A file of the caller's, or a model package or a table of the same name and version: not ours to replace.
+        raise ExportError(f"'{target}' is no exported graph, which --force would replace; it has no {report.name}.")
 
 
 def _json(report: dict[str, Any]) -> str:

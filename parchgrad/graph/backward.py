@@ -6,6 +6,7 @@ are the same.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -105,7 +106,8 @@ class Backward:
 
 
 def unsupported(node: onnx.NodeProto, what: str) -> UnsupportedModelError:
-    """Names the operator and the node, which carries the name of the layer it came from where there is one."""
-    layer = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "")
-    where = f" (in {layer})" if layer else ""
+    """Names the operator, the node, and the module it came from where that is known."""
+    scopes = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
+    modules = [str(scope) for scope in ast.literal_eval(scopes)[:-1] if scope]  # the last is the node's own name
+    where = f" in module '{modules[-1]}'" if modules else ""
     return UnsupportedModelError(f"Operator {node.op_type} at '{node.name}'{where}: {what}.")

@@ -25,7 +25,7 @@ from parchgrad.graph.folding import fold_batch_norms
 from parchgrad.graph.gradients import Even, Planes, Whole
 from parchgrad.graph.pooling import Pooled
 from parchgrad.graph.prediction import OPSET, Prediction
-from parchgrad.graph.rule import Choice, Layer, choose, factors, side_sums
+from parchgrad.graph.rule import Choice, Layer, choose, factors, is_choice, side_sums
 from parchgrad.graph.values import Values
 from parchgrad.tables import SelectionTable
 
@@ -94,7 +94,8 @@ class _Assembly:
         seed = outer.op("OneHot", target, outer.integer(classes), outer.floats(0.0, 1.0))
         write = self._scanned if backward == "pruned" else self._together
         grad, identity = write(outer, seed, choice)
-        keep = outer.op("Reshape", covered, outer.ints(-1, 1, 1, 1))
+        kept = outer.op("And", covered, is_choice(outer, "quantile", "gamma"))
+        keep = outer.op("Reshape", kept, outer.ints(-1, 1, 1, 1))
         # Added, not chosen: to choose takes many times as long.
         nothing = outer.op("Where", keep, outer.number(0.0), outer.number(float("nan")))
         attributions = outer.op("Add", grad, nothing)
@@ -132,6 +133,8 @@ class _Assembly:
             ("identity_layers", TensorProto.INT64, ["batch"]),
             ("covered", TensorProto.BOOL, ["batch"]),
         ]
+        for node in self._graph.node:
+            del node.metadata_props[:]
         graph = helper.make_graph(
             [*self._graph.node, *outer.nodes],
             "prediction_and_explanation",

@@ -276,7 +276,9 @@ def _proto(program: ir.Model) -> onnx.ModelProto:
     model = ir.to_proto(program)
     # What the exporter noted for its own debugging: stack traces with this machine's paths.
     for holder in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
+        scopes = [one for one in holder.metadata_props if one.key == _SCOPES]  # which module a node came from
         del holder.metadata_props[:]
+        holder.metadata_props.extend(scopes)
     model.graph.name = "prediction"
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(model, data_prop=True)
     weights = {initializer.name for initializer in inferred.graph.initializer}

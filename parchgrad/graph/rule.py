@@ -49,6 +49,16 @@ class Choice:
     unasked: str  # (b, 2, 1) bool: the variance that infinite gamma does not divide by
 
 
+def is_choice(b: Builder, quantile: str, gamma: str) -> str:
+    """`(b,)` bool: all quantiles lie in 0..1, and gamma is 0 or more; False of NaN."""
+    low, high = b.number(0.0), b.number(1.0)
+    share = b.op("Cast", quantile, to=int(helper.np_dtype_to_tensor_dtype(b.dtype)))
+    within = b.op("And", b.op("GreaterOrEqual", share, low), b.op("LessOrEqual", share, high))
+    least = b.op("ReduceMin", b.op("Cast", within, to=TensorProto.INT64), b.ints(1), keepdims=0)
+    positive = b.op("GreaterOrEqual", b.op("Cast", gamma, to=int(helper.np_dtype_to_tensor_dtype(b.dtype))), low)
+    return b.op("And", b.op("Cast", least, to=TensorProto.BOOL), positive)
+
+
 @dataclass(frozen=True)
 class Factors:
     """Of one layer: `sides` (b, 2, 1) in the graph's type, 1 where not `fine` (b, 1, 1) bool: the identity."""

@@ -91,7 +91,7 @@ def read_metadata(text: str | None, file: str) -> GraphMetadata:
         )
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"ONNX file '{file}': its '{METADATA_KEY}' metadata is not JSON: {error}.") from error
     found = data.get("format_version") if isinstance(data, dict) else type(data).__name__
     if found != FORMAT_VERSION:
@@ -151,6 +151,13 @@ def _check(metadata: GraphMetadata) -> None:
         raise ModelError(f"its graph has {len(graph.layers)} layers, not the {len(table.channels)} of its table.")
     if outside := [c for c in table.classes if not 0 <= c < len(table.labels)]:
         raise ModelError(f"class {outside[0]} of its table is outside 0..{len(table.labels) - 1}.")
+    if wrong := [name for name, channels in table.channels.items() if channels < 1]:
+        raise ModelError(
+            f"layer '{wrong[0]}' of its table has {table.channels[wrong[0]]} channels, expected 1 or more."
+        )
+    texts = (metadata.model.name, metadata.model.version, metadata.model.weights_sha256, *table.labels)
+    if other := [text for text in texts if not isinstance(text, str)]:
+        raise ModelError(f"{other[0]!r} stands where a text is expected.")
     if graph.conserve not in CONSERVE:
         raise ModelError(f"conserve is {graph.conserve!r}, expected one of {', '.join(CONSERVE)}.")
     if graph.seed not in SEEDS:

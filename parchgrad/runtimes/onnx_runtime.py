@@ -220,7 +220,8 @@ class OnnxExplainer:
 
     def self_test(self) -> None:
         """Explain the golden record beside the file. Raises GoldenError, saying what differs and by how much."""
-        path = self._path.with_name(golden.GOLDEN_FILE)
+        own = self._path.with_name(f"{self._path.stem}.{golden.GOLDEN_FILE}")  # of a file among others
+        path = own if own.is_file() else self._path.with_name(golden.GOLDEN_FILE)
         if not path.is_file():
             raise GoldenError(f"'{self._path.parent}' has no {golden.GOLDEN_FILE}; 'parchgrad export' writes one.")
         recorded = golden.read(path)

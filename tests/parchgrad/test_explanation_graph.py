@@ -551,3 +551,39 @@ def test_random_tables():
         found = reference(graph, images.double().numpy(), targets, 0.25, [INFINITY, 1.5, INFINITY])
         assert_same(found, expected, EXACT)
     assert math.isfinite(float(expected.attributions.sum()))
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_what_is_no_quantile_or_gamma_gives_no_attribution(backward):
+    model = build(Branching, dtype=torch.float32)
+    session = Session(explanation_graph(trace_prediction(model, (12, 12), False), table_for(model), backward=backward))
+    quantile = np.array([[0.1], [math.nan], [-0.1], [1.5], [0.1], [0.1], [0.0]], dtype=np.float32)
+    gamma = [INFINITY] * 4 + [math.nan, -1.0, 0.0]
+    images = torch.randn(7, 3, 12, 12, generator=torch.Generator().manual_seed(0)).numpy()
+    found = session(images, [1] * 7, quantile, np.array(gamma))
+    assert [bool(np.isfinite(one).all()) for one in found["attributions"]] == [True, *[False] * 5, True]
+    assert np.isnan(found["saliency"][1:6]).all()
+    assert np.isfinite(found["logits"]).all()
+
+
+class Sorting(nn.Module):
+    def forward(self, z):
+        return z.sort(dim=1).values
+
+
+class Sorted(Branching):
+    """An operator without a rule, in a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = nn.Sequential(Sorting())
+
+    def forward(self, images):
+        return self.head(F.relu(self.join(self.between(F.relu(self.stem(images))))).mean((2, 3)))
+
+
+def test_the_module_of_an_operator_without_a_rule_is_named():
+    model = build(Sorted, dtype=torch.float32)
+    table = SelectionTable.random(model, CLASSES, 0, idle_layers=("left", "right"))
+    with pytest.raises(UnsupportedModelError, match=r"Operator TopK at '.*' in module 'between\.0': there is no rule"):
+        explanation_graph(trace_prediction(model, (12, 12), False), table)

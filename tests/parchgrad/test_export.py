@@ -152,15 +152,45 @@ def test_the_golden_record_is_the_pytorch_engines(entry, project):
 def test_one_file_with_its_report_beside_it(project, tmp_path):
     _, model, table = project
     exported = export_onnx(model, table, tmp_path / "tiny.onnx", backward="dense", conserve="exact")
-    assert sorted(tree(tmp_path)) == ["tiny.onnx", "tiny.parity.json"]
+    assert sorted(tree(tmp_path)) == ["tiny.golden.safetensors", "tiny.onnx", "tiny.parity.json"]
     card = json.loads(onnx.load(exported.path).metadata_props[0].value)
     assert (card["graph"]["backward"], card["graph"]["conserve"]) == ("dense", "exact")
+
+
+def test_one_file_proves_itself(project, tmp_path):
+    _, model, table = project
+    exported = export_onnx(model, table, tmp_path / "tiny.onnx")
+    parchgrad.OnnxExplainer(exported.path).self_test()
+
+
+def test_a_file_is_replaced_only_when_told_and_only_an_export(project, tmp_path):
+    _, model, table = project
+    path = tmp_path / "tiny.onnx"
+    path.write_text("somebody's")
+    for force, said in ((False, "exists already; --force replaces it"), (True, "is no exported graph")):
+        with pytest.raises(ExportError, match=said):
+            export_onnx(model, table, path, force=force)
+    assert path.read_text() == "somebody's"
+    path.unlink()
+    export_onnx(model, table, path, external_data=True)
+    with pytest.raises(ExportError, match=r"tiny\.onnx' exists already"):
+        export_onnx(model, table, path)
+    export_onnx(model, table, path, force=True)
+    assert sorted(tree(tmp_path)) == ["tiny.golden.safetensors", "tiny.onnx", "tiny.parity.json"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(project, tmp_path):
+    _, model, table = project
+    scrap = tmp_path / ".tiny.onnx.killed.new"
+    scrap.mkdir()
+    export_onnx(model, table, tmp_path / "tiny.onnx")
+    assert not scrap.exists()
 
 
 def test_weights_in_a_file_of_their_own(project, tmp_path):
     _, model, table = project
     exported = export_onnx(model, table, tmp_path / "tiny.onnx", external_data=True)
-    assert sorted(tree(tmp_path)) == ["tiny.onnx", "tiny.onnx.data", "tiny.parity.json"]
+    assert sorted(tree(tmp_path)) == ["tiny.golden.safetensors", "tiny.onnx", "tiny.onnx.data", "tiny.parity.json"]
     assert exported.report["checks"] == 12
     onnxruntime.InferenceSession(exported.path)
 
