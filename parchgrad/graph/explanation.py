@@ -98,6 +98,9 @@ class _Assembly:
         keep = outer.op("Reshape", kept, outer.ints(-1, 1, 1, 1))
         # Added, not chosen: to choose takes many times as long.
         nothing = outer.op("Where", keep, outer.number(0.0), outer.number(float("nan")))
+        # Of an image that has no finite logits neither.
+        finite = outer.op("ReduceSum", outer.op("Mul", logits, outer.number(0.0)), outer.ints(1), keepdims=0)
+        nothing = outer.op("Add", nothing, outer.op("Reshape", finite, outer.ints(-1, 1, 1, 1)))
         attributions = outer.op("Add", grad, nothing)
         saliency = outer.op("ReduceMean", outer.op("Abs", attributions), outer.ints(1), keepdims=0)
         results = {

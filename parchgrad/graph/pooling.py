@@ -18,7 +18,7 @@ Pair = tuple[int, int]
 def max_pooling(w: Backward, node: onnx.NodeProto, grad: str) -> Pooled:
     """Each window's gradient goes to the first of its maxima, in rows: PyTorch's choice.
 
-    The window's places are gone through in order; one that equals the maximum takes what is left. Places a stride
+    The window's places are gone through in order; the first that equals the maximum takes it. Places a stride
     apart (a phase: the row and the column modulo the stride) lie side by side on a coarse grid, as large as windows and
     their reach together. All is done on such grids laid out in one line each: the same place of every window is then a
     piece of a phase's line, from a constant start.
@@ -38,17 +38,18 @@ def max_pooling(w: Backward, node: onnx.NodeProto, grad: str) -> Pooled:
     pooled = Pooled(w, node, stride, reach, pads, {})
     phases, length = _phases(w, node, stride, reach, pads)
     on_grid = b.ints(0, 0, 0, 0, 0, 0, *reach)
-    maxima, left = (b.op("Reshape", b.op("Pad", one, on_grid) if any(reach) else one, b.ints(-1)) for one in (y, grad))
+    maxima, grads = (b.op("Reshape", b.op("Pad", one, on_grid) if any(reach) else one, b.ints(-1)) for one in (y, grad))
     places = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
+    free = ""  # the windows that no place has taken yet; all at first
     for place in places[:-1]:
         line, start = phases[place[0] % stride[0], place[1] % stride[1]]
         first = b.op("Add", start, pooled.shift(place).name)
-        here = b.op("Slice", line, first, b.op("Add", first, length))
-        # x <= y everywhere: 1 - (y - x) / tiny, clipped, is 1 where they are equal and 0 elsewhere.
-        chosen = b.op("HardSigmoid", b.op("Sub", maxima, here), alpha=-_steep(w), beta=1.0)
-        pooled.shares[place] = b.op("Mul", left, chosen)
-        left = b.op("Sub", left, pooled.shares[place])
-    pooled.shares[places[-1]] = left  # somebody is the maximum
+        equal = b.op("Equal", maxima, b.op("Slice", line, first, b.op("Add", first, length)))
+        chosen = b.op("And", equal, free) if free else equal
+        free = b.op("Xor", free, chosen) if free else b.op("Not", equal)
+        pooled.shares[place] = b.op("Mul", grads, b.op("CastLike", chosen, grads))
+    # Somebody is the maximum.
+    pooled.shares[places[-1]] = b.op("Mul", grads, b.op("CastLike", free, grads)) if free else grads
     return pooled
 
 
@@ -210,10 +211,6 @@ def _relus_before(w: Backward, node: onnx.NodeProto) -> list[str]:
     return found if alone and len(found) == len(parts) else []
 
 
-def _steep(w: Backward) -> float:
-    return 3.0e38 if w.b.dtype != np.float16 else 6.0e4
-
-
 def _padded_to_grid(w: Backward, node: onnx.NodeProto, stride: Pair, reach: Pair, pads: tuple[int, ...]) -> str:
     """The input with margins below every number, as large as all windows' coarse places together."""
     b = w.b
@@ -226,7 +223,7 @@ def _padded_to_grid(w: Backward, node: onnx.NodeProto, stride: Pair, reach: Pair
         else:
             ends.append(b.op("Sub", wanted.name, have.name))
     widths = b.op("Concat", b.ints(0, 0, pads[0], pads[1], 0, 0), *ends, axis=0)
-    lowest = b.number(float(np.finfo(b.dtype).min) / 2)  # half: a difference from it must not overflow
+    lowest = b.number(float(np.finfo(b.dtype).min))
     return b.op("Pad", w.kept(node.input[0]), widths, lowest)
 
 

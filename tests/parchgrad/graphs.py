@@ -51,11 +51,12 @@ class MaxPool(OpRun):
         self, x, auto_pad=None, ceil_mode=0, dilations=None, kernel_shape=None, pads=None, storage_order=0, strides=None
     ):
         top, left, bottom, right = pads or (0, 0, 0, 0)
-        assert (top, left) == (bottom, right)
         assert dilations in (None, [1, 1], (1, 1))
-        found = F.max_pool2d(
-            from_numpy(np.array(x)), kernel_shape, strides or 1, (top, left), ceil_mode=bool(ceil_mode)
-        )
+        images = from_numpy(np.array(x))
+        if (top, left) != (bottom, right):  # PyTorch pads evenly
+            images = F.pad(images, (left, right, top, bottom), value=-math.inf)
+            top = left = 0
+        found = F.max_pool2d(images, kernel_shape, strides or 1, (top, left), ceil_mode=bool(ceil_mode))
         return (found.numpy(),)
 
 
