@@ -8,7 +8,7 @@ weights that the rule leaves something of; `dense` takes the batch together and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from parchgrad.defaults import CONSERVE
 from parchgrad.errors import OptionError, UnsupportedModelError
 from parchgrad.graph.backward import Backward
-from parchgrad.graph.builder import Builder
+from parchgrad.graph.builder import Array, Builder
 from parchgrad.graph.convolution import Convolution, Own
 from parchgrad.graph.derivatives import Gradient, added, pull, whole
 from parchgrad.graph.folding import fold_batch_norms
@@ -61,7 +61,7 @@ class _Assembly:
         self._layers = self._layers_of(prediction, folded.scales)
         self._sides = self._values.shape("images")[2:]
 
-    def _layers_of(self, prediction: Prediction, scales: object) -> dict[str, Layer]:
+    def _layers_of(self, prediction: Prediction, scales: Mapping[str, Array]) -> dict[str, Layer]:
         """Convolution node -> its layer, in the table's order of layers."""
         nodes = {layer: node for node, layer in prediction.layers.items()}
         missing = [name for name in self._table.layer_names if name not in nodes]
@@ -71,7 +71,7 @@ class _Assembly:
             )
         found, offset = {}, 0
         for number, (name, layer) in enumerate(self._table.layers.items()):
-            found[nodes[name]] = Layer(number, offset, layer.channels, scales.get(nodes[name]))  # type: ignore[attr-defined]
+            found[nodes[name]] = Layer(number, offset, layer.channels, scales.get(nodes[name]))
             offset += layer.channels
         return found
 
@@ -94,14 +94,7 @@ class _Assembly:
         seed = outer.op("OneHot", target, outer.integer(classes), outer.floats(0.0, 1.0))
         write = self._scanned if backward == "pruned" else self._together
         grad, identity = write(outer, seed, choice)
-        kept = outer.op("And", covered, is_choice(outer, "quantile", "gamma"))
-        keep = outer.op("Reshape", kept, outer.ints(-1, 1, 1, 1))
-        # Added, not chosen: to choose takes many times as long.
-        nothing = outer.op("Where", keep, outer.number(0.0), outer.number(float("nan")))
-        # Of an image that has no finite logits neither.
-        finite = outer.op("ReduceSum", outer.op("Mul", logits, outer.number(0.0)), outer.ints(1), keepdims=0)
-        nothing = outer.op("Add", nothing, outer.op("Reshape", finite, outer.ints(-1, 1, 1, 1)))
-        attributions = outer.op("Add", grad, nothing)
+        attributions = self._where_there_is_one(outer, grad, covered)
         saliency = outer.op("ReduceMean", outer.op("Abs", attributions), outer.ints(1), keepdims=0)
         results = {
             "probabilities": outer.op("Softmax", logits, axis=-1),
@@ -115,6 +108,14 @@ class _Assembly:
         for name, value in results.items():
             outer.nodes.append(helper.make_node("Identity", [value], [name], name=name))
         return self._whole(outer, classes)
+
+    def _where_there_is_one(self, b: Builder, grad: str, covered: str) -> str:
+        """NaN for a target without a row, for options outside their bounds, and for an image without finite logits."""
+        kept = b.op("Reshape", b.op("And", covered, is_choice(b, "quantile", "gamma")), b.ints(-1, 1, 1, 1))
+        nothing = b.op("Where", kept, b.number(0.0), b.number(float("nan")))
+        infinite = b.op("ReduceSum", b.op("Mul", "logits", b.number(0.0)), b.ints(1), keepdims=0)
+        # Added, not chosen: to choose takes many times as long.
+        return b.op("Add", grad, b.op("Add", nothing, b.op("Reshape", infinite, b.ints(-1, 1, 1, 1))))
 
     def _whole(self, outer: Builder, classes: int) -> onnx.ModelProto:
         sides = [

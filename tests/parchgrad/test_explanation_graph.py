@@ -564,6 +564,10 @@ def test_what_is_no_quantile_or_gamma_gives_no_attribution(backward):
     assert [bool(np.isfinite(one).all()) for one in found["attributions"]] == [True, *[False] * 5, True]
     assert np.isnan(found["saliency"][1:6]).all()
     assert np.isfinite(found["logits"]).all()
+    images[2:, 0, 3, 3] = math.nan
+    assert (
+        np.isfinite(session(images, [1] * 7)["attributions"]).all(axis=(1, 2, 3)).tolist() == [True] * 2 + [False] * 5
+    )
 
 
 class Sorting(nn.Module):
