@@ -333,8 +333,9 @@ def test_want_of_memory_is_the_large_images_and_passes(large_inputs: Shelf) -> N
         assert post("/predict", files=files(middle)).status_code == 200  # the first of a size costs more
         (worker,) = server.workers()
         idle = server.resident_bytes()
-        limit_memory(worker, 420_000_000)
-        shed = post("/explain", files=files(middle), data={"target": "1"})
+        # The prediction needs 250 MB, this map, by autograd, 830; what was there before varies by 100.
+        limit_memory(worker, 600_000_000)
+        shed = post("/explain", files=files(middle), data={"target": "1", "method": "guided_backprop"})
         assert shed.status_code == 200, shed.text
         assert shed.json()["results"][0]["explanation"]["status"] == "shed"
         assert "memory" in shed.json()["results"][0]["explanation"]["reason"]
