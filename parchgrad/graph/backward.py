@@ -76,23 +76,24 @@ class Backward:
 
     def positive(self, x: str) -> str:
         """1 where x > 0, else 0, as a number: one pass, where a comparison, a cast and a choice are three."""
-        # A beta of nothing: OpenVINO 2026.4 takes 0 for none given, and computes with the default of 0.5.
-        return self.b.op("HardSigmoid", x, alpha=self._steep, beta=-1e-30)
+        return self._step(x, 3.0e38 if self.b.dtype != np.float16 else 6.0e4, 0.0)
 
     def below(self, x: str, bound: float) -> str:
         """1 where x < bound, else 0."""
-        # A power of two: its product with the bound is exact, and so is the difference that the step sees.
-        steep = 2.0 ** (100 if self.b.dtype != np.float16 else 12)
-        return self.b.op("HardSigmoid", x, alpha=-steep, beta=steep * bound)
+        return self._step(x, -self._steep, bound)
 
     def above(self, x: str, bound: float) -> str:
         """1 where x > bound, else 0."""
-        steep = 2.0 ** (100 if self.b.dtype != np.float16 else 12)
-        return self.b.op("HardSigmoid", x, alpha=steep, beta=-steep * bound)
+        return self._step(x, self._steep, bound)
+
+    def _step(self, x: str, slope: float, bound: float) -> str:
+        # A beta of nothing: OpenVINO 2026.4 takes 0 for none given, and computes with the default of 0.5.
+        return self.b.op("HardSigmoid", x, alpha=slope, beta=-slope * bound or -1e-30)
 
     @property
     def _steep(self) -> float:
-        return 3.0e38 if self.b.dtype != np.float16 else 6.0e4
+        """A power of two: its product with a bound is exact, and so is the difference that the step sees."""
+        return float(2.0 ** (100 if self.b.dtype != np.float16 else 12))
 
     def unbroadcast(self, grad: str, result: str, name: str) -> str:
         """`grad` at `result` summed to the shape of the operand `name`, both forward values."""

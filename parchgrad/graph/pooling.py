@@ -133,8 +133,9 @@ class Pooled:
             # The two innermost axes alone are exchanged: several times quicker than one exchange of them all.
             split = b.op("Concat", b.ints(-1, sw), columns.name, axis=0)
             joined = b.op("Transpose", b.op("Reshape", joined, split), perm=[0, 2, 1])
-        fine = b.op("Concat", b.ints(-1), channels, rows.times(sh).name, columns.times(sw).name, axis=0)
-        return _cropped(self.w, self.node, b.op("Reshape", joined, fine), self.pads)
+        reached = rows.times(sh), columns.times(sw)
+        fine = b.op("Concat", b.ints(-1), channels, *(one.name for one in reached), axis=0)
+        return _cropped(self.w, self.node, b.op("Reshape", joined, fine), reached, self.pads)
 
 
 class Length:
@@ -227,35 +228,24 @@ def _padded_to_grid(w: Backward, node: onnx.NodeProto, stride: Pair, reach: Pair
     return b.op("Pad", w.kept(node.input[0]), widths, lowest)
 
 
-def _cropped(w: Backward, node: onnx.NodeProto, fine: str, pads: tuple[int, ...]) -> str:
-    """What lies on the input: the margins before it are cut off, and what is missing or left over behind it."""
-    ends = []
-    for axis in (0, 1):
-        side = w.known_sides(node.input[0], [axis + 2])
-        ends.append(
-            w.b.ints(pads[axis] + side[0])
-            if side is not None
-            else w.b.op("Add", w.side(node.input[0], axis + 2), w.b.ints(pads[axis]))
-        )
-    bound = w.b.op("Concat", *ends, axis=0)
-    cut = w.b.op("Slice", fine, w.b.ints(pads[0], pads[1]), bound, w.b.ints(2, 3))
-    return _filled(w, node, cut)
+def _cropped(
+    w: Backward, node: onnx.NodeProto, fine: str, reached: tuple[Length, Length], pads: tuple[int, ...]
+) -> str:
+    """What lies on the input: the margins before it are cut off, and what is left over behind it.
 
-
-def _filled(w: Backward, node: onnx.NodeProto, cut: str) -> str:
-    """Zeros behind, where the last window ended before the input did."""
-    sides = w.known_sides(node.input[0], [2, 3])
-    windows = w.known_sides(node.output[0], [2, 3])
-    kernel, stride, pads, _ = _geometry(node)
-    if sides is not None and windows is not None:
-        missing = [
-            max(0, side + pad - (count + -(-k // s) - 1) * s)
-            for side, pad, count, k, s in zip(sides, pads[:2], windows, kernel, stride, strict=True)
-        ]
-        return w.b.op("Pad", cut, w.b.ints(0, 0, 0, 0, 0, 0, *missing)) if any(missing) else cut
+    `reached` are the two sides of `fine`. Zeros stand where it ends before the input does.
+    """
+    b = w.b
+    ends = [Length(w, node.input[0], axis).plus(pads[axis - 2]) for axis in (2, 3)]
+    bound = b.op("Concat", *(end.name for end in ends), axis=0)
+    cut = b.op("Slice", fine, b.ints(pads[0], pads[1]), bound, b.ints(2, 3))
+    known = [end.known - one.known for end, one in zip(ends, reached, strict=True) if end.known and one.known]
+    if len(known) == len(ends):
+        missing = [max(0, one) for one in known]
+        return b.op("Pad", cut, b.ints(0, 0, 0, 0, 0, 0, *missing)) if any(missing) else cut
     # Of the two sides alone: `cut` may have fewer channels than the input.
-    lacking = w.b.op("Sub", w.b.op("Shape", w.kept(node.input[0]), start=2), w.b.op("Shape", cut, start=2))
-    return w.b.op("Pad", cut, w.b.op("Concat", w.b.ints(0, 0, 0, 0, 0, 0), lacking, axis=0))
+    lacking = b.op("Sub", b.op("Shape", w.kept(node.input[0]), start=2), b.op("Shape", cut, start=2))
+    return b.op("Pad", cut, b.op("Concat", b.ints(0, 0, 0, 0, 0, 0), lacking, axis=0))
 
 
 def average_pooling(w: Backward, node: onnx.NodeProto, grad: str) -> list[str | None]:
@@ -283,11 +273,8 @@ def average_pooling(w: Backward, node: onnx.NodeProto, grad: str) -> list[str | 
     spread = w.b.op("ConvTranspose", planes, ones, strides=list(stride), kernel_shape=list(kernel))
     shape = w.b.op("Concat", w.b.op("Shape", shared, end=2), w.b.op("Shape", spread, start=2), axis=0)
     fine = w.b.op("Reshape", spread, shape)
-    ends = [w.b.op("Add", w.side(node.input[0], axis + 2), w.b.ints(pads[axis])) for axis in (0, 1)]
-    bound = w.b.op("Concat", *ends, axis=0)
-    cut = w.b.op("Slice", fine, w.b.ints(pads[0], pads[1]), bound, w.b.ints(2, 3))
-    lacking = w.b.op("Sub", w.b.op("Shape", w.kept(node.input[0]), start=2), w.b.op("Shape", cut, start=2))
-    return [w.b.op("Pad", cut, w.b.op("Concat", w.b.ints(0, 0, 0, 0, 0, 0), lacking, axis=0))]
+    rows, columns = (Length(w, node.output[0], a + 2).times(stride[a]).plus(kernel[a] - stride[a]) for a in (0, 1))
+    return [_cropped(w, node, fine, (rows, columns), pads)]
 
 
 def _window_sizes(

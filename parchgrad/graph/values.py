@@ -20,10 +20,8 @@ class Values:
         self.nodes = list(graph.node)
         self._constants = {one.name: one for one in graph.initializer}
         self._shapes: dict[str, tuple[Side, ...]] = {}
-        self._types: dict[str, int] = {}
         for info in (*graph.input, *graph.value_info, *graph.output):
             tensor = info.type.tensor_type
-            self._types[info.name] = tensor.elem_type
             if tensor.HasField("shape"):
                 self._shapes[info.name] = tuple(_side(one) for one in tensor.shape.dim)
         self._producers: dict[str, onnx.NodeProto] = {}
@@ -47,10 +45,6 @@ class Values:
 
     def rank(self, name: str) -> int:
         return len(self.shape(name))
-
-    def is_float(self, name: str) -> bool:
-        kind = self._constants[name].data_type if name in self._constants else self._types.get(name)
-        return kind in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
 
     def constant(self, name: str) -> Array | None:
         """The value where it is stored in the graph, else None."""
