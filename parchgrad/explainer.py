@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.defaults import CONSERVE
+from parchgrad.drift import LayerDrift, Reference
 from parchgrad.errors import OptionError
 from parchgrad.interest import Interest
 from parchgrad.labels import class_index
@@ -24,7 +25,7 @@ from parchgrad.quantiles import channels_of_quantile, quantile_of_layers
 from parchgrad.runtimes import Plan, Points
 from parchgrad.runtimes.dense import seed_score
 from parchgrad.runtimes.pytorch import PyTorchRuntime
-from parchgrad.tables import SelectionTable, network_of
+from parchgrad.tables import NORMALITY_LEVEL, SelectionTable, network_of
 
 if TYPE_CHECKING:
     from parchgrad.models import Model
@@ -214,6 +215,38 @@ class Explainer:
             completeness_gap=gap,
             complete=complete,
             options=tuple(options),
+        )
+
+    def drift(self, images: Tensor, targets: Target | Sequence[Target] | Tensor) -> list[dict[str, LayerDrift]]:
+        """How far each of `images` `(B, 3, h, w)`, normalised, is from the table's in the channels of its target.
+
+        The channels are those that the table's defaults select, layer by layer; the features those the table has
+        statistics of. Costs one forward pass. A target of -1 or None is the predicted class, for a second one.
+        Raises OptionError, UncoveredTargetError, and UnsupportedModelError where a feature cannot be had.
+        """
+        images = self._checked_images(images)
+        chosen = self._target_indices(targets, len(images))
+        if bool((chosen < 0).any()):
+            chosen = torch.where(chosen < 0, self._runtime.predict(images).argmax(dim=1).cpu(), chosen)
+        rows = self.table.rows(chosen)
+        features = self._runtime.features(images).double().numpy()
+        ranks = self.table.rank[rows].numpy()
+        return [self._reference.drift(gap, rank) for gap, rank in zip(features, ranks, strict=True)]
+
+    @cached_property
+    def _reference(self) -> Reference:
+        table = self.table
+        layers = table.layers.values()
+        filtered = table.defaults.normality_filter
+        return Reference.of(
+            {name: layer.channels for name, layer in table.layers.items()},
+            table.defaults,
+            np.concatenate([layer.mean.numpy() for layer in layers]),
+            np.concatenate([layer.std.numpy() for layer in layers]),
+            np.concatenate([layer.normality_p.numpy() for layer in layers if layer.normality_p is not None])
+            if filtered
+            else None,
+            NORMALITY_LEVEL,
         )
 
     def _explain_at_image(

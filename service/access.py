@@ -215,7 +215,7 @@ def bearer(headers: Headers) -> str | None:
 
 
 async def _refuse(path: str, error: ServiceError, send: Send) -> None:
-    metrics.rejects.labels(error.code).inc()
+    metrics.refused(error.code)
     content = json.dumps(app.error_body(path, error)).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **error.headers}
     if error.status == 401:

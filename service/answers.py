@@ -14,7 +14,6 @@ from PIL import Image
 
 from parchgrad import __version__, render
 from parchgrad.answers import quantised
-from service import metrics
 from service.engine import Array, Engine, Result
 from service.errors import ServiceError
 from service.pipeline import Outcome, best
@@ -102,20 +101,16 @@ def encode(
     So a request with several images, all of them bad, is answered 200 with an error for each. `now` is the clock of
     the requests' deadlines: the event loop's. A picture whose time is up is not drawn.
     """
-    start = time.perf_counter()
     errors = [one for one in outcomes if isinstance(one, ServiceError)]
     late = len(errors) == len(outcomes) and all(one.code == "deadline_exceeded" for one in errors)
     if errors and (len(outcomes) == 1 or late):
         raise errors[0]
     if media_type == PNG:
-        content = _png(engine, outcomes[0], now)
-    elif media_type == NPZ:
-        content = _npz(engine, outcomes)
-    else:
-        _check_lists(outcomes)
-        content = _json(engine, outcomes, explain, request_id, now)
-    metrics.render_seconds.observe(time.perf_counter() - start)
-    return content
+        return _png(engine, outcomes[0], now)
+    if media_type == NPZ:
+        return _npz(engine, outcomes)
+    _check_lists(outcomes)
+    return _json(engine, outcomes, explain, request_id, now)
 
 
 def _check_lists(outcomes: Sequence[Outcome | ServiceError]) -> None:
@@ -202,14 +197,13 @@ def _explained(engine: Engine, outcome: Outcome, now: Clock) -> ExplainResult:
 
 
 def _explanation(engine: Engine, outcome: Outcome, result: Result, now: Clock) -> AnyExplanation:
-    from parchgrad.evaluation.maps import gini
-
     if error := map_error(engine, result):
         return _failed(error)
     options, asked = outcome.request.options, outcome.request.asked
     if asked.saliency == "png" and _is_late(outcome, now):
         return MissingExplanation(status="timeout", reason=_late_reason(outcome))
     assert result.saliency is not None
+    assert result.figures is not None
     assert options is not None  # results with a map come from requests to explain
     return ExplanationAnswer(
         target=_prediction(engine, result, result.target),
@@ -217,7 +211,7 @@ def _explanation(engine: Engine, outcome: Outcome, result: Result, now: Clock) -
         polarity=asked.polarity,
         saliency=_saliency(outcome, result.saliency),
         transform=_transform(outcome.prepared.placement, outcome.prepared.orientation),
-        quality=Quality(gini=_or_none(gini(result.saliency)), identity_layers=result.identity_layers),
+        quality=Quality(gini=_or_none(result.figures.gini), identity_layers=result.identity_layers),
     )
 
 

@@ -6,7 +6,6 @@
 import json
 import logging
 import re
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,19 +18,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import admin, metrics, native, openapi
+from service import admin, logs, metrics, native, openapi, tracing
 from service.errors import LIBRARY_CODES, ServiceError, from_exception
 from service.protocols import v1, v2
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger("bentoml.parchgrad.access")  # beneath BentoML's logger, which has the handlers
 
 BENTOML_ROUTES = ("/livez", "/readyz", "/healthz")
 PROTOCOL_PATHS = ("/v2", "/v1")
 OTHER = "other"  # route label of every path that is none of ours: callers choose paths
 
 # Statuses that Starlette and BentoML answer by themselves, as plain text.
-_CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 503: "not_ready"}
+_CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 503: "not_ready", 504: "deadline_exceeded"}
 
 
 def error_body(path: str, error: ServiceError) -> dict[str, Any]:
@@ -49,20 +47,21 @@ def _from_status(method: str, path: str, status: int, headers: Mapping[str, str]
         405: f"{method[:16]} is not allowed at {path[:200]!r}; use {allowed}.",
         500: "The service failed on this request; its log says why.",
         503: "The model is still loading, or did not load; the log says which.",
+        504: "No answer in time.",
     }
     return ServiceError(_CODE_OF_STATUS.get(status, "internal"), messages.get(status, messages[500]))
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     answer = from_exception(error)
-    metrics.rejects.labels(answer.code).inc()
+    metrics.refused(answer.code)
     return JSONResponse(error_body(request.url.path, answer), status_code=answer.status, headers=answer.headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     answer = _from_status(request.method, request.url.path, error.status_code, Headers(error.headers))
-    metrics.rejects.labels(answer.code).inc()
+    metrics.refused(answer.code)
     return JSONResponse(error_body(request.url.path, answer), status_code=answer.status, headers=error.headers)
 
 
@@ -84,10 +83,10 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        route, start = self._template(scope), time.perf_counter()
+        route = self._template(scope)
         ident = request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {}).update(request_id=ident, route=route)
-        status = 500
+        logs.request_id.set(ident)
         unread = _has_body(Headers(scope=scope))
         replacement: bytes | None = None  # the body to send instead of a plain-text error's
 
@@ -98,7 +97,7 @@ class Envelope:
             return message
 
         async def enveloped(message: Message) -> None:
-            nonlocal status, replacement
+            nonlocal replacement
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=message["headers"])
                 if message["status"] == 307:
@@ -106,35 +105,34 @@ class Envelope:
                     message = {**message, "status": 404}
                     del headers["location"]
                     headers["content-type"] = "text/plain"
-                status = message["status"]
+                told.status = status = message["status"]
                 headers["X-Request-Id"] = ident
                 if unread:  # uvicorn would read, and throw away, whatever the caller goes on sending
                     headers["Connection"] = "close"
                 if status >= 400 and headers.get("content-type", "").startswith("text/plain"):
                     error = _from_status(scope["method"], scope["path"], status, headers)
-                    metrics.rejects.labels(error.code).inc()
+                    metrics.refused(error.code)
                     replacement = json.dumps(error_body(scope["path"], error)).encode()
                     headers["content-type"], headers["content-length"] = "application/json", str(len(replacement))
                     for name, value in error.headers.items():
                         headers[name] = value
+                tracing.answered(told, method=scope["method"])  # its span ends with the last of the answer
             elif message["type"] == "http.response.body" and replacement is not None:
                 message = {**message, "body": replacement}
                 replacement = b""
             await send(message)
 
-        metrics.in_flight.inc()
-        try:
-            await self._app(scope, received, enveloped)
-        except Exception:
-            # Starlette has answered 500 and raised on; raising further would make uvicorn close the connection.
-            log.exception("Request %s failed for a reason of ours.", ident)
-        finally:
-            metrics.in_flight.dec()
-            metrics.requests.labels(route, str(status)).inc()
-            seconds = time.perf_counter() - start
-            metrics.request_seconds.labels(route).observe(seconds)
-            # %r: what a caller sends must not begin a line of its own.
-            access_log.info("%s %r %s %.1f ms %s", scope["method"], scope["path"], status, 1000 * seconds, ident)
+        with metrics.request(route) as told:
+            try:
+                await self._app(scope, received, enveloped)
+            except Exception:
+                # Starlette has answered 500 and raised on; raising further would make uvicorn close the connection.
+                log.exception("Request %s failed for a reason of ours.", ident)
+                told.code = "internal"
+            finally:
+                if told.code == "ok" and told.status >= 400:  # what answered has no codes: a readiness, BentoML itself
+                    told.code = _CODE_OF_STATUS.get(told.status, "internal")
+                logs.answered(told, ident, method=scope["method"], path=scope["path"])
 
     def _template(self, scope: Scope) -> str:
         if scope["path"] in BENTOML_ROUTES:

@@ -6,6 +6,7 @@ up, or who has left, is answered at once; what the device still does for it is f
 """
 
 import asyncio
+import contextvars
 import logging
 import threading
 import time
@@ -15,7 +16,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from service import metrics
+from service import logs, metrics, tracing
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -35,9 +36,11 @@ class DeadlineError(Exception):
 @dataclass(eq=False)
 class _Entry(Generic[Job, Result]):
     job: Job
+    lane: metrics.Lane
     deadline: float  # on the loop's clock
     queued: float
     result: asyncio.Future[Result]
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)  # of its request
     taken: bool = False  # into a batch: the device has begun it, or is about to
     left: threading.Event = field(default_factory=threading.Event)  # nobody waits; the device's thread asks
 
@@ -45,10 +48,10 @@ class _Entry(Generic[Job, Result]):
 class Batcher(Generic[Job, Result]):
     """`run(jobs, wanted)` answers one result a job, in order, on `executor`; None where it gave up one not wanted.
 
-    Jobs of one batch share `group(job)`, which returns (kind, ...): the kind labels the metrics. `capacity(job)`
-    is how many of its group fit in one batch. A batch that raises, or answers too few or too many results, is run
-    again one by one, so that only the job at fault fails; one that raises `OutOfMemory` is halved once, as all of
-    its jobs are at fault together.
+    Jobs of one batch share `group(job)`, which returns (kind, ...): the kind labels the metrics, beside the model
+    and version. `capacity(job)` is how many of its group fit in one batch. A batch that raises, or answers too few
+    or too many results, is run again one by one, so that only the job at fault fails; one that raises `OutOfMemory`
+    is halved once, as all of its jobs are at fault together.
     """
 
     def __init__(
@@ -61,13 +64,22 @@ class Batcher(Generic[Job, Result]):
         max_queue: int,
         max_delay: float = 0.0,
         out_of_memory: type[Exception] = MemoryError,
+        model: str = "",
+        version: str = "",
     ) -> None:
         self._run, self._group, self._executor = run, group, executor
         self._capacity, self._max_queue, self._max_delay = capacity, max_queue, max_delay
         self._out_of_memory = out_of_memory
+        self._model, self._version = model, version
+        self._lanes: dict[str, metrics.Lane] = {}  # by kind
         self._queue: deque[_Entry[Job, Result]] = deque()
         self._filled = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that the device has not begun."""
+        return len(self._queue)
 
     async def submit(self, job: Job, deadline: float) -> Result:
         """The job's result. Raises QueueFullError at once, DeadlineError on time, or what `run` raised for this job.
@@ -79,10 +91,11 @@ class Batcher(Generic[Job, Result]):
         if len(self._queue) >= self._max_queue:
             raise QueueFullError
         if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._work())
-        entry = _Entry(job, deadline, loop.time(), loop.create_future())
+            # It works for every caller, and so in the context of none.
+            self._worker = loop.create_task(self._work(), context=contextvars.Context())
+        entry = _Entry(job, self._lane(self._group(job)[0]), deadline, loop.time(), loop.create_future())
         self._queue.append(entry)
-        metrics.queue_depth.inc()
+        entry.lane.queue_depth.inc()
         self._filled.set()
         try:
             async with asyncio.timeout_at(deadline):
@@ -95,6 +108,12 @@ class Batcher(Generic[Job, Result]):
             self._withdraw(entry, "cancelled")
             raise
 
+    def _lane(self, kind: str) -> metrics.Lane:
+        lane = self._lanes.get(kind)
+        if lane is None:
+            lane = self._lanes[kind] = metrics.Lane(self._model, self._version, kind)
+        return lane
+
     def _withdraw(self, entry: _Entry[Job, Result], reason: str) -> None:
         """Take back what nobody waits for any more: it would fill the queue. Where the device has it, let it know.
 
@@ -103,10 +122,15 @@ class Batcher(Generic[Job, Result]):
         entry.left.set()
         if entry.taken:
             return
-        metrics.dropped.labels(reason).inc()
+        entry.lane.dropped[reason].inc()
+        self._trace_wait(entry, reason)
         if entry in self._queue:
             self._queue.remove(entry)
-            metrics.queue_depth.dec()
+            entry.lane.queue_depth.dec()
+
+    def _trace_wait(self, entry: _Entry[Job, Result], dropped: str = "") -> None:
+        seconds = asyncio.get_running_loop().time() - entry.queued
+        tracing.queued(entry.context, seconds, self._model, self._version, self._group(entry.job)[0], dropped)
 
     async def close(self) -> None:
         """Stop the worker; jobs still waiting are cancelled."""
@@ -115,7 +139,7 @@ class Batcher(Generic[Job, Result]):
             await asyncio.gather(self._worker, return_exceptions=True)
         for entry in self._queue:
             entry.result.cancel()
-        metrics.queue_depth.dec(len(self._queue))
+            entry.lane.queue_depth.dec()
         self._queue.clear()
 
     async def _work(self) -> None:
@@ -135,70 +159,75 @@ class Batcher(Generic[Job, Result]):
         others: deque[_Entry[Job, Result]] = deque()
         for entry in self._queue:
             if entry.result.done() or entry.deadline <= now:
-                continue  # counted where its wait ends
+                entry.lane.queue_depth.dec()  # counted as dropped where its wait ends
+                continue
             if not batch or (len(batch) < room and self._group(entry.job) == group):
                 if not batch:
                     group, room = self._group(entry.job), self._capacity(entry.job)
                 entry.taken = True
+                entry.lane.queue_depth.dec()
                 batch.append(entry)
             else:
                 others.append(entry)
-        metrics.queue_depth.dec(len(self._queue) - len(others))
         self._queue = others
         if not others:
             self._filled.clear()
         return batch
 
     async def _answer(self, batch: list[_Entry[Job, Result]]) -> None:
-        kind = self._group(batch[0].job)[0]
         for entry in batch:
-            metrics.queue_seconds.labels(kind).observe(asyncio.get_running_loop().time() - entry.queued)
-        await self._compute(kind, batch, may_halve=True)
+            entry.lane.queue_seconds.observe(asyncio.get_running_loop().time() - entry.queued)
+            self._trace_wait(entry)
+        await self._compute(batch, may_halve=True)
 
-    async def _compute(self, kind: str, batch: Sequence[_Entry[Job, Result]], *, may_halve: bool) -> None:
+    async def _compute(self, batch: Sequence[_Entry[Job, Result]], *, may_halve: bool) -> None:
         """Run the entries somebody still waits for, and give each its result or its own error."""
         batch = [entry for entry in batch if not entry.result.done()]
         if not batch:
             return
+        context = logs.together([entry.context for entry in batch])
         try:
-            results = await self._on_device(kind, batch)
+            results = await self._on_device(batch, context)
         except self._out_of_memory as error:
-            log.warning("A batch of %d had no memory%s.", len(batch), "; halved" if may_halve else "")
-            metrics.out_of_memory.labels(kind).inc()
+            context.run(log.warning, "A batch of %d had no memory%s.", len(batch), "; halved" if may_halve else "")
+            batch[0].lane.out_of_memory.inc()
             if not may_halve:
                 _fail(batch, error)
                 return
             middle = (len(batch) + 1) // 2
             for half in (batch[:middle], batch[middle:]):
-                await self._compute(kind, half, may_halve=False)
+                await self._compute(half, may_halve=False)
         except Exception as error:
             if len(batch) == 1:
                 _fail(batch, error)
                 return
-            log.warning("A batch of %d failed (%r); its items run one by one.", len(batch), error)
+            context.run(log.warning, "A batch of %d failed (%r); its items run one by one.", len(batch), error)
             for entry in batch:
-                await self._compute(kind, [entry], may_halve=may_halve)
+                await self._compute([entry], may_halve=may_halve)
         else:
             for entry, result in zip(batch, results, strict=True):
                 if result is None:
-                    metrics.dropped.labels("interrupted").inc()
+                    entry.lane.dropped["interrupted"].inc()
                 elif not entry.result.done():
                     entry.result.set_result(result)
 
-    async def _on_device(self, kind: str, batch: Sequence[_Entry[Job, Result]]) -> Sequence[Result | None]:
-        jobs = [entry.job for entry in batch]
+    async def _on_device(
+        self, batch: Sequence[_Entry[Job, Result]], context: contextvars.Context
+    ) -> Sequence[Result | None]:
+        jobs, lane, kind = [entry.job for entry in batch], batch[0].lane, self._group(batch[0].job)[0]
 
         def wanted() -> list[bool]:
             return [not entry.left.is_set() for entry in batch]
 
         def timed() -> Sequence[Result | None]:
             start = time.perf_counter()
-            results = self._run(jobs, wanted)
-            metrics.device_seconds.labels(kind).observe(time.perf_counter() - start)
-            metrics.batch_images.labels(kind).observe(len(jobs))
+            with tracing.device([entry.context for entry in batch], self._model, self._version, kind):
+                results = self._run(jobs, wanted)
+            lane.device_seconds.observe(time.perf_counter() - start)
+            lane.batch_images.observe(len(jobs))
             return results
 
-        results = await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        results = await asyncio.get_running_loop().run_in_executor(self._executor, context.run, timed)
         if len(results) != len(jobs):
             raise RuntimeError(f"The device answered {len(results)} results for {len(jobs)} items.")
         if any(result is None and wants for result, wants in zip(results, wanted(), strict=True)):

@@ -7,6 +7,7 @@ routes read.
 
 import array
 import asyncio
+import contextvars
 import fcntl
 import json
 import termios
@@ -37,6 +38,7 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None  # `cycle` is the last request begun, which may still wait
         self._surplus = 0  # bytes of the message being received that are no body: its head, chunk sizes, trailers
         self._refusal = "The request is no HTTP that RFC 9112 allows."
+        self._context = contextvars.copy_context()  # of no request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -104,7 +106,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        # A pipelined request is begun where the one before it ends, and would be logged and traced as a part of it.
+        self._context.copy().run(super()._start_asgi_task, cycle, app)
 
     def _ends_with_answer(self) -> bool:
         """Where requests that came whole are still to be answered, they are the last; nothing more is read."""

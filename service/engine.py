@@ -10,13 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from parchgrad.errors import AbandonedError
+from parchgrad.evaluation.maps import Figures, figures
 
 if TYPE_CHECKING:
+    from parchgrad.drift import LayerDrift
     from parchgrad.options import Options
     from parchgrad.preprocessing import Preprocessing
 
@@ -76,6 +79,11 @@ class Result:
     saliency: Array | None = None  # (h, w); None also where the target has no row in the table
     covered: bool = True
     identity_layers: int = 0
+
+    @cached_property
+    def figures(self) -> Figures | None:
+        """Of the map, computed once: the answer and the metrics have the same; None without a map."""
+        return None if self.saliency is None else figures(self.saliency)
 
 
 class DeviceMemoryError(Exception):
@@ -141,6 +149,13 @@ class Engine(Protocol):
     @property
     def cannot(self) -> dict[str, str]:
         """Options of which this runtime takes less than others do: what it takes of them, in words."""
+
+    @property
+    def no_drift(self) -> str | None:
+        """Why `drift` cannot be asked; None where it can."""
+
+    def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
+        """By layer, how far an image `(3, h, w)` is from the table's in the channels of a class that has a row."""
 
     def self_test(self) -> None:
         """Explain the golden image and compare. Raises parchgrad.errors.GoldenError."""

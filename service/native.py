@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service import metrics
+from service import metrics, tracing
 from service.answers import JSON, PNG, accepted, encode, identity, require_one_picture
 from service.body import Upload, read_upload
 from service.errors import ServiceError
@@ -38,6 +38,7 @@ async def explain(request: Request) -> Response:
 async def _answer(request: Request, *, explain: bool) -> Response:
     """Options fail the request, images fail alone: a wrong option is 422 for all, a bad image has its own error."""
     arrival = asyncio.get_running_loop().time()
+    metrics.asked("explain" if explain else "predict")
     media_type = accepted(",".join(request.headers.getlist("accept")))
     if media_type == PNG and not explain:
         raise ServiceError("not_acceptable", "/predict has no picture to answer with; use /explain.")
@@ -73,7 +74,13 @@ async def _computed(
         if isinstance(outcome, ServiceError):
             metrics.rejects.labels(outcome.code).inc()
     return await asyncio.to_thread(
-        encode, served.engine, outcomes, media_type, explain=explain, request_id=origin.request_id
+        tracing.rendered,
+        encode,
+        served.engine,
+        outcomes,
+        media_type,
+        explain=explain,
+        request_id=origin.request_id,
     )
 
 

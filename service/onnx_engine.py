@@ -9,10 +9,11 @@ import numpy as np
 
 from parchgrad.errors import ModelError
 from service import memory
-from service.engine import Computed, Job, Result, Room, Wanted, attempted, columns
+from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
+    from parchgrad.drift import LayerDrift
     from parchgrad.options import Options
 
 
@@ -68,6 +69,13 @@ class OnnxEngine:
     @property
     def runtime(self) -> str:
         return self.explainer.runtime
+
+    @property
+    def no_drift(self) -> str | None:
+        return self.explainer.no_drift
+
+    def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
+        return self.explainer.drift(tensor[None], [target])[0]
 
     def self_test(self) -> None:
         self.explainer.self_test()

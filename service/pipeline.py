@@ -6,12 +6,14 @@ long, or the map would come too late.
 """
 
 import asyncio
+import contextvars
 import hashlib
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -21,7 +23,7 @@ from PIL.Image import Resampling
 from parchgrad.errors import UnknownTargetError
 from parchgrad.labels import nearest
 from parchgrad.render import REDUCTION_OF_POLARITY
-from service import images, metrics
+from service import device_memory, images, metrics, tracing
 from service.audit import Audit
 from service.batching import DeadlineError, QueueFullError
 from service.body import BodyMemory
@@ -40,6 +42,7 @@ from service.fleet import Fleet
 from service.repository import Served
 from service.schemas import ExplainWhen, ImageOptions
 from service.settings import Settings
+from service.watching import Watch
 
 if TYPE_CHECKING:
     from parchgrad.options import Options
@@ -124,7 +127,8 @@ class Pipeline:
         self.repository = self.fleet.repository
         self.bodies = BodyMemory(settings.max_bodies_bytes)
         self._audit = Audit(settings)
-        self._lag: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
+        self._explanations = Watch(settings.watch_rate, settings.watch_classes, self._busy)
         self._admitted = 0
         self._decoders = ThreadPoolExecutor(settings.decode_workers, "decode")
         self._budget = images.PixelBudget(settings.max_image_pixels)
@@ -133,7 +137,8 @@ class Pipeline:
         """Load the models, and begin what else lives on the event loop; the server listens once this has returned."""
         self.repository.start()
         self.fleet.start()
-        self._lag = asyncio.get_running_loop().create_task(_watch_loop())
+        watches = _watch_loop(), device_memory.watch(self._torch_devices)
+        self._watches = [asyncio.get_running_loop().create_task(watch) for watch in watches]
         await self.fleet.wait_behind_others()
 
     @property
@@ -150,12 +155,22 @@ class Pipeline:
 
     async def close(self) -> None:
         self.drain()
-        if self._lag is not None:
-            self._lag.cancel()
+        for watch in self._watches:
+            watch.cancel()
+        await self._explanations.close()
         await self.fleet.close()
         await self.repository.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._audit.close)
+
+    def _busy(self) -> bool:
+        """Whether an image waits for a device thread, which all models share, or none is to be given more to do."""
+        return self.draining or any(one.waiting for one in self.repository.listing())
+
+    def _torch_devices(self) -> list[str]:
+        """`cpu` or `cuda:N`, where torch runs a model."""
+        devices = [one.engine.device for one in self.repository.listing() if one.engine.runtime.startswith("torch ")]
+        return ["cuda:0" if device == "cuda" else device for device in devices]
 
     def check(
         self,
@@ -228,7 +243,8 @@ class Pipeline:
             outcomes = await asyncio.gather(*(self._outcome(served, request, missing) for request in requests))
             for outcome in outcomes:
                 if isinstance(outcome, Outcome) and outcome.missing:
-                    metrics.maps_missing.labels(outcome.missing.status).inc()
+                    metrics.maps_missing.labels(served.name, served.version, outcome.missing.status).inc()
+            await self._explanations.saw(served, [one for one in outcomes if isinstance(one, Outcome)])
             await self._audit.record(origin, served, outcomes)  # admitted still: a slow log must not let more in
         finally:
             self._admitted -= jobs
@@ -275,7 +291,9 @@ class Pipeline:
             return answer
 
     async def _prepared(self, served: Served, request: Request) -> Prepared:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._prepare, served, request)
+        decode = partial(tracing.called, "decode", self._prepare, served, request)
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, run, decode)
 
     def _prepare(self, served: Served, request: Request) -> Prepared:
         start = time.perf_counter()
@@ -283,12 +301,13 @@ class Pipeline:
             return Prepared(request.image, None, 1, None, hashlib.sha256(request.image.tobytes()).hexdigest())
         data = request.image.read(self.settings.max_image_bytes + 1)
         encoded = images.inspect(data, self.settings.image_limits)
+        tracing.note("image.pixels", encoded.pixels)
         with self._budget.hold(encoded.pixels):
             picture = encoded.decode()
             tensor, placement = served.engine.model.preprocessing.array(picture.image)
             backdrop = _backdrop(picture.image, placement, *tensor.shape[-2:]) if request.draws else None
         digest = hashlib.sha256(data).hexdigest()
-        metrics.decode_seconds.observe(time.perf_counter() - start)
+        metrics.decode_seconds.labels(served.name, served.version).observe(time.perf_counter() - start)
         return Prepared(tensor, placement, picture.orientation, backdrop, digest)
 
 

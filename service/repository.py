@@ -8,20 +8,25 @@ that no prediction waits behind an explanation of many passes.
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from parchgrad.errors import ParchGradError
 from service import memory, metrics, versions
 from service.batching import Batcher
-from service.engine import DeviceMemoryError, Engine, Job, Result
+from service.cost import Cost
+from service.engine import DeviceMemoryError, Engine, Job, Result, Wanted
 from service.errors import ServiceError
 from service.settings import NAME, Settings, SettingsError
 
 log = logging.getLogger(__name__)
+
+Work = TypeVar("Work")
 
 FORESEEN = (ParchGradError, ServiceError, SettingsError)  # their messages say all there is to say
 
@@ -42,9 +47,12 @@ class ModelState:
 class Served:
     """One version of a model at work, with its queues. Leases keep it until the requests that began with it end."""
 
-    def __init__(self, engine: Engine, predictions: Batcher[Job, Result], maps: Batcher[Job, Result]) -> None:
+    def __init__(
+        self, engine: Engine, predictions: Batcher[Job, Result], maps: Batcher[Job, Result], map_lane: Executor
+    ) -> None:
         self.engine = engine
         self._predictions, self._maps = predictions, maps
+        self._map_lane = map_lane
         self._leases = 0
         self._retired: asyncio.Event | None = None  # set once it is retired and the last lease has ended
 
@@ -55,6 +63,15 @@ class Served:
     @property
     def version(self) -> str:
         return self.engine.model.version
+
+    @property
+    def waiting(self) -> int:
+        """Images and maps that the device has not begun."""
+        return self._predictions.waiting + self._maps.waiting
+
+    async def on_map_lane(self, work: Callable[[], Work]) -> Work:
+        """`work()` in the device thread of maps, after what has been given to it before."""
+        return await asyncio.get_running_loop().run_in_executor(self._map_lane, work)
 
     async def submit(self, job: Job, deadline: float) -> Result:
         """The job's result; see Batcher.submit. Predictions and maps queue apart."""
@@ -144,6 +161,7 @@ class Repository:
         Raises ServiceError: unknown_model, unknown_version, not_ready.
         """
         with self._find(name or self.default, version).lease() as served:
+            metrics.found(served.name, served.version)
             yield served
 
     def _find(self, name: str, version: str | None) -> Served:
@@ -239,15 +257,24 @@ class Repository:
         self._unloaded.discard(name)
         self._states[name] = [ModelState(name, version, READY) for version in _newest_first(served)]
         for one in served.values():
+            metrics.begin_version(one.name, one.version)
             metrics.model_info.labels(*_identity(one)).set(1)
 
     def _retire(self, replaced: dict[str, Served]) -> None:
         for served in replaced.values():
             if not any(_identity(served) == _identity(other) for other in self.listing()):
                 metrics.model_info.labels(*_identity(served)).set(0)
-            task = asyncio.get_running_loop().create_task(_give_back(served))
+            task = asyncio.get_running_loop().create_task(self._give_back(served))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
+
+    async def _give_back(self, served: Served) -> None:
+        """Let the last requests end, then drop everything and return the memory."""
+        await served.retire()
+        if served.version not in self._served.get(served.name, {}):
+            metrics.end_version(served.name, served.version)
+        del served
+        await asyncio.to_thread(memory.give_back)
 
     def _loaded(self, name: str) -> dict[str, Served]:
         """The versions of a model that the settings ask for, each loaded and proven. Raises what goes wrong."""
@@ -260,18 +287,29 @@ class Repository:
         if settings.self_test:
             engine.self_test()
 
+        cost = Cost(name, version)
+
+        def run(jobs: Sequence[Job], wanted: Wanted) -> list[Result | None]:
+            start = time.perf_counter()
+            results = engine.run(jobs, wanted)
+            if all(result is not None for result in results):  # what was given up costs less than a map
+                cost.add(jobs, time.perf_counter() - start)
+            return results
+
         def batcher(lane: ThreadPoolExecutor) -> Batcher[Job, Result]:
             return Batcher(
-                engine.run,
+                run,
                 lambda job: job.group,
                 lane,
                 capacity=engine.capacity,
                 max_queue=settings.max_queue,
                 max_delay=settings.max_delay_ms / 1000,
                 out_of_memory=DeviceMemoryError,
+                model=name,
+                version=version,
             )
 
-        return Served(engine, batcher(self._predict_lane), batcher(self._map_lane))
+        return Served(engine, batcher(self._predict_lane), batcher(self._map_lane), self._map_lane)
 
     def _chosen_versions(self, name: str) -> list[str]:
         there, pinned = self._folder_versions(name), self._entries.get(name)
@@ -301,13 +339,8 @@ def _newest_first(served: dict[str, Served]) -> list[str]:
     return sorted(served, key=int, reverse=True)
 
 
-def _identity(served: Served) -> tuple[str, str, str, str]:
+def _identity(served: Served) -> tuple[str, ...]:
+    """As model_info has it."""
     engine = served.engine
-    return served.name, served.version, engine.model.weights_sha256, engine.table.table_sha256
-
-
-async def _give_back(served: Served) -> None:
-    """Let the last requests end, then drop everything and return the memory."""
-    await served.retire()
-    del served
-    await asyncio.to_thread(memory.give_back)
+    digests = engine.model.weights_sha256, engine.table.table_sha256
+    return served.name, served.version, *digests, engine.runtime, engine.device

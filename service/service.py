@@ -11,7 +11,7 @@ from typing import Any, cast
 import bentoml
 from starlette.exceptions import HTTPException
 
-from service import access, audit, connections, memory, metrics, repository, versions
+from service import access, audit, connections, logs, memory, metrics, repository, tracing, versions
 from service.access import Gate
 from service.app import Envelope, create_app, error_body
 from service.draining import drain_on_sigterm
@@ -27,6 +27,7 @@ try:
     access.check_bind(SETTINGS, access.bind_host())
     audit.check(SETTINGS)
     grpc_server.check(SETTINGS, access.bind_host())
+    tracing.check(SETTINGS)
     ACCESS = access.Access.from_settings(SETTINGS)
     # Asked of the supervisor alone: a bento may be built without its models, and a worker that takes another's place
     # stays alive, and says on /readyz that what it began with is gone.
@@ -35,6 +36,7 @@ try:
 except SettingsError as error:
     raise SystemExit(f"Error: {error}") from None
 connections.install(SETTINGS)
+logs.install(SETTINGS)
 APP = create_app()
 
 
@@ -47,6 +49,7 @@ APP = create_app()
     metrics={"enabled": False},
     # Its access log decodes header bytes after the answer began, and cuts the answer when they are not UTF-8.
     logging={"access": {"enabled": False}},
+    tracing=tracing.install(SETTINGS),
 )
 @bentoml.asgi_app(APP, path="/")
 class ParchGradService:
@@ -54,7 +57,7 @@ class ParchGradService:
 
     def __init__(self) -> None:
         memory.share_one_arena()
-        metrics.forget_dead_workers()
+        metrics.begin_worker(SETTINGS.max_queue)
         self.pipeline = Pipeline(SETTINGS)
         APP.state.pipeline = self.pipeline
         self.grpc = GrpcServer(self.pipeline, ACCESS)
@@ -75,13 +78,14 @@ class ParchGradService:
     async def close(self) -> None:
         await self.grpc.close()
         await self.pipeline.close()
+        await tracing.close()  # last: every request has ended
 
 
 def _not_ready(pipeline: Pipeline) -> HTTPException:
     """Why, in our form of an error, which the envelope leaves as it is."""
     reason = pipeline.repository.failure or repository.STILL_LOADING
     error = ServiceError("not_ready", "The service is stopping." if pipeline.draining else reason)
-    metrics.rejects.labels(error.code).inc()
+    metrics.refused(error.code)
     headers = {"Content-Type": "application/json", **error.headers}
     return HTTPException(error.status, json.dumps(error_body("/readyz", error)), headers)
 

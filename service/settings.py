@@ -17,6 +17,8 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 LINE = r"[^\n]*"
 KEYS = "NAME:SHA256[:PER_MINUTE], comma-separated"
 ENTRY = rf"{NAME}(/[1-9][0-9]*)?"
+DIGEST = r"[0-9a-f]{64}"
+DIGESTS = rf"{NAME}/[1-9][0-9]*(:{DIGEST}){{1,3}}"
 GRAPH_FILE = "model.onnx"  # of a version folder, as Triton has it
 
 
@@ -58,6 +60,10 @@ class Settings:
         "", rf"|\*|{ENTRY}(,{ENTRY})*", "NAME[/VERSION],..., or *", "further models to serve; * = every one there is"
     )
     versions: str = _matching("latest", "latest|all", "latest or all", "which of a model's versions to serve")
+    digests: str = _matching(
+        "", rf"|{DIGESTS}(,{DIGESTS})*", "NAME/VERSION:WEIGHTS_SHA256[:TABLE_SHA256[:GRAPH_SHA256]], comma-separated",
+        "SHA-256 that what is loaded must have; nothing else is loaded. None: no such check",
+    )  # fmt: skip
     map_tables: bool = _switch(False, "map tables into memory instead of copying them: less memory, on files that stay")
     device: str = _matching("cpu", r"cpu|cuda(:[0-9]+)?", "cpu, cuda or cuda:N", "where the model runs")
     backward: str = _matching(
@@ -96,6 +102,16 @@ class Settings:
     audit_required: bool = _switch(
         False, "503 audit_unavailable where the audit log cannot be written; else the answer goes out"
     )
+    traces_url: str = _matching(
+        "", r"|https?://[^\s@/?#]+(/[^\s@?#]*)?", "http(s)://HOST:PORT[/PATH], without a key in it",
+        "collector that traces are sent to, by OTLP over HTTP; none: there are none",
+    )  # fmt: skip
+    traces_sample: float = _within(
+        1.0, 0.0, 1.0, "share of requests to trace, of those whose caller has not decided by a traceparent"
+    )
+    log_format: str = _matching("text", "text|json", "text or json", "lines of the log; json: an object each")
+    watch_rate: float = _within(0.01, 0.0, 1.0, "share of the images looked at once answered; 0: none")
+    watch_classes: int = _within(10, 0, 1000, "classes of a model that metrics tell apart; the rest are 'other'")
     grpc_port: int = _within(0, 0, 65535, "port of the Open Inference Protocol over gRPC; 0: it is off")
 
     def __post_init__(self) -> None:
@@ -111,6 +127,10 @@ class Settings:
             raise SettingsError(
                 f"{PREFIX}SHED_ABOVE", str(self.shed_above), f"at most {PREFIX}MAX_QUEUE={self.max_queue}"
             )
+
+        versions = [entry.partition(":")[0] for entry in self.digests.split(",")]
+        if twice := {version for version in versions if versions.count(version) > 1}:
+            raise SettingsError(f"{PREFIX}DIGESTS", ", ".join(sorted(twice)), "one entry for a version")
 
     @property
     def batch_pixels(self) -> int:
@@ -134,6 +154,14 @@ class Settings:
             name, _, version = text.partition("/")
             chosen.setdefault(name, version or None)
         return list(chosen.items())
+
+    def digests_of(self, name: str, version: str) -> dict[str, str] | None:
+        """SHA-256 of `weights`, `table` and `graph`, as far as the settings name them; None without any for this."""
+        for entry in filter(None, self.digests.split(",")):
+            given, *digests = entry.split(":")
+            if given == f"{name}/{version}":
+                return dict(zip(("weights", "table", "graph"), digests, strict=False))
+        return None
 
     @property
     def runs_torch(self) -> bool:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from parchgrad.errors import ModelError, TableError
 from service import memory
-from service.engine import Computed, Job, Result, Room, Wanted, attempted, columns
+from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
+    from parchgrad.drift import LayerDrift
     from parchgrad.options import Options
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,15 @@ class TorchEngine:
     @property
     def cannot(self) -> dict[str, str]:
         return {}
+
+    @property
+    def no_drift(self) -> str | None:
+        return None
+
+    def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
+        import torch
+
+        return self.explainer.drift(torch.from_numpy(tensor)[None], [target])[0]
 
     @property
     def layer_names(self) -> tuple[str, ...]:

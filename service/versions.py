@@ -6,6 +6,7 @@ runtime imported before `load`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -78,13 +79,55 @@ def load(settings: Settings, name: str, version: str) -> Engine:
     if runtime_of(settings, name, version) == "torch":
         from service.torch_engine import TorchEngine
 
-        return TorchEngine(settings, name, version)
+        torch_engine = TorchEngine(settings, name, version)
+        _check_digests(settings, torch_engine, name, version)
+        return torch_engine
     from service.onnx_engine import OnnxEngine
 
+    _check_graph(settings, name, version)
     engine = OnnxEngine(settings, name, version)
+    _check_digests(settings, engine, name, version)
     if settings.runtime == "auto":
         _check_same(settings, engine, name, version)
     return engine
+
+
+def _check_graph(settings: Settings, name: str, version: str) -> None:
+    """Raises ModelError where the graph's file is another than the settings have it. Before anything reads it."""
+    wanted = (settings.digests_of(name, version) or {}).get("graph")
+    if wanted is None:
+        return
+    path = settings.graph(name, version)
+    digest = hashlib.sha256()
+    for file in (path, path.with_name(f"{path.name}.data")):  # the second where it was exported with --external-data
+        if file.is_file():
+            with file.open("rb") as content:
+                while chunk := content.read(2**20):
+                    digest.update(chunk)
+    _compare("graph", name, version, wanted, digest.hexdigest())
+
+
+def _check_digests(settings: Settings, engine: Engine, name: str, version: str) -> None:
+    """Raises ModelError where weights or table are others than the settings have them, or the settings lack them.
+
+    Both digests are of what was read: the library compares them with the files, a graph carries those it was made of.
+    """
+    if not settings.digests:
+        return
+    wanted = settings.digests_of(name, version)
+    if wanted is None:
+        raise ModelError(f"Model '{name}': version {version} is expected in {PREFIX}DIGESTS, found no entry for it.")
+    found = {"weights": engine.model.weights_sha256, "table": engine.table.table_sha256}
+    for what in sorted(wanted.keys() & found.keys()):
+        _compare(what, name, version, wanted[what], found[what])
+
+
+def _compare(what: str, name: str, version: str, wanted: str, found: str) -> None:
+    if found != wanted:
+        raise ModelError(
+            f"Model '{name}': version {version} is expected with a {what} of SHA-256 {wanted} ({PREFIX}DIGESTS), "
+            f"found {found}."
+        )
 
 
 def _check_same(settings: Settings, engine: Engine, name: str, version: str) -> None:

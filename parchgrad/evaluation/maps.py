@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 
 def mass_share(saliency: ArrayLike, mask: ArrayLike) -> float:
@@ -40,3 +43,80 @@ def gini(saliency: ArrayLike) -> float:
     n = len(values)
     weights = 2 * np.arange(1, n + 1) - n - 1
     return float((weights * values).sum() / (n * total))
+
+
+def border_share(saliency: ArrayLike, width: float = 0.1) -> float:
+    """Share of the map's magnitude within the outer `width` of each side's length, left, right, above and below.
+
+    A pixel that the line cuts counts by its part. So a uniform map has `1 - (1 - 2 * width)^2`, 0.36 for a tenth,
+    whatever its size. NaN for a map without mass.
+    """
+    values = np.abs(np.asarray(saliency, np.float64))
+    total = values.sum()
+    if not total > 0:
+        return float("nan")
+    down, across = (_inside(side, width) for side in values.shape)
+    return float(1 - down @ values @ across / total)
+
+
+def _inside(side: int, width: float) -> NDArray[np.float64]:
+    """How much of each pixel of a side lies farther than `width` of its length from both ends."""
+    start = np.arange(side)
+    within: NDArray[np.float64] = np.minimum(start + 1, side * (1 - width)) - np.maximum(start, side * width)
+    return np.maximum(within, 0)
+
+
+def centroid(saliency: ArrayLike) -> tuple[float, float]:
+    """Centre of the map's magnitude as (x, y): 0 is the left or upper edge, 1 the right or lower; 0.5 if uniform.
+
+    NaN for a map without mass.
+    """
+    values = np.abs(np.asarray(saliency, np.float64))
+    total = values.sum()
+    if not total > 0:
+        return float("nan"), float("nan")
+    height, width = values.shape
+    x = values.sum(axis=0) @ (np.arange(width) + 0.5) / (width * total)
+    y = values.sum(axis=1) @ (np.arange(height) + 0.5) / (height * total)
+    return float(x), float(y)
+
+
+def agreement(saliency: ArrayLike, other: ArrayLike) -> float:
+    """Spearman's rank correlation of two maps of one shape, -1..1: whether they order the pixels alike.
+
+    NaN where either is the same everywhere or has a value that is not finite.
+    """
+    a, b = (np.asarray(one, np.float64).ravel() for one in (saliency, other))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("nan")
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale > 0 else float("nan")
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each value, `(n,)`; equal ones share the mean of theirs."""
+    order = np.argsort(values)
+    sorted_values = values[order]
+    first = np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))
+    length = np.diff(np.append(first, len(values)))
+    ranks = np.empty(len(values))
+    ranks[order] = np.repeat(first + (length - 1) / 2, length)
+    return ranks
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is watched of one map; all NaN for a map without mass or with a value that is not finite."""
+
+    gini: float
+    border_share: float
+    x: float
+    y: float
+
+
+def figures(saliency: ArrayLike) -> Figures:
+    """The figures of one map."""
+    if not np.isfinite(saliency).all():
+        return Figures(*[float("nan")] * 4)
+    return Figures(gini(saliency), border_share(saliency), *centroid(saliency))

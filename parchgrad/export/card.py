@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 import parchgrad
+from parchgrad.graph.features import noted
 from parchgrad.models import Model
 from parchgrad.runtimes.onnx_metadata import FORMAT_VERSION, METADATA_KEY
 from parchgrad.tables import SelectionTable
@@ -18,8 +19,10 @@ SEED = "logit"  # what is differentiated
 _OF = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 
 
-def card(model: Model, table: SelectionTable, backward: str, opset: int) -> dict[str, Any]:
-    """Model, table, what is fixed in the graph, and what made it: JSON types only."""
+def card(
+    model: Model, table: SelectionTable, backward: str, opset: int, features: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Model, table, what is fixed in the graph, where its features are, and what made it: JSON types only."""
     of_table = table.manifest()
     del of_table["labels"]  # the model's, to the last one
     return {
@@ -42,6 +45,7 @@ def card(model: Model, table: SelectionTable, backward: str, opset: int) -> dict
             "opset": opset,
             "layers": list(table.layer_names),
         },
+        **({} if features is None else {"features": features}),
         "versions": {"parchgrad": parchgrad.__version__, **{package: version(package) for package in _OF}},
     }
 
@@ -49,7 +53,9 @@ def card(model: Model, table: SelectionTable, backward: str, opset: int) -> dict
 def describe(graph: onnx.ModelProto, model: Model, table: SelectionTable, backward: str) -> None:
     """Write the card into the graph, in place, and say in words what its tensors are."""
     opset = next(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
-    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(card(model, table, backward, opset))})
+    features = noted(graph)
+    described = card(model, table, backward, opset, None if features is None else json.loads(features))
+    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(described)})
     graph.producer_name, graph.producer_version = "parchgrad", parchgrad.__version__
     graph.model_version = int(model.version)
     graph.graph.name = model.name

@@ -8,6 +8,7 @@ weights that the rule leaves something of; `dense` takes the batch together and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 
@@ -21,6 +22,7 @@ from parchgrad.graph.backward import Backward
 from parchgrad.graph.builder import Array, Builder
 from parchgrad.graph.convolution import Convolution, Own
 from parchgrad.graph.derivatives import Gradient, added, pull, whole
+from parchgrad.graph.features import FEATURES_KEY, features_of
 from parchgrad.graph.folding import fold_batch_norms
 from parchgrad.graph.gradients import Even, Planes, Whole
 from parchgrad.graph.pooling import Pooled
@@ -52,8 +54,10 @@ def explanation_graph(
 class _Assembly:
     def __init__(self, prediction: Prediction, table: SelectionTable, conserve: str) -> None:
         self._table, self._conserve = table, conserve
-        folded = fold_batch_norms(prediction.model.graph)
+        folded = self._folded = fold_batch_norms(prediction.model.graph)
         self._graph = folded.graph
+        self._output_of = {node.name: node.output[0] for node in folded.graph.node}
+        self._nodes = {layer: node for node, layer in prediction.layers.items() if layer in table.layers}
         self._values = Values(self._graph)
         images = self._graph.input[0]
         self._kind = images.type.tensor_type.elem_type
@@ -81,8 +85,9 @@ class _Assembly:
         logits = "logits"
         rows = self._table.row_of_class.numpy().astype(np.int64)
         row = outer.op("Gather", outer.constant(rows), target)
+        ranks = outer.constant(self._table.rank.numpy(), "ranks")
         choice = choose(
-            outer, list(self._layers.values()), self._table.rank.numpy(), outer.op("Max", row, outer.integer(0)),
+            outer, list(self._layers.values()), ranks, outer.op("Max", row, outer.integer(0)),
             "quantile", "gamma",
         )  # fmt: skip
         acting = _count_true(outer, outer.op("Greater", choice.count, outer.integer(0)))
@@ -107,7 +112,19 @@ class _Assembly:
         }
         for name, value in results.items():
             outer.nodes.append(helper.make_node("Identity", [value], [name], name=name))
-        return self._whole(outer, classes)
+        whole = self._whole(outer, classes)
+        helper.set_model_props(whole, {FEATURES_KEY: json.dumps(self._features(ranks))})
+        return whole
+
+    def _features(self, ranks: str) -> dict[str, object]:
+        return features_of(
+            self._values,
+            self._table,
+            {name: self._output_of[node] for name, node in self._nodes.items()},
+            {name: self._folded.scales[node] for name, node in self._nodes.items() if node in self._folded.scales},
+            {name: self._folded.shifts[node] for name, node in self._nodes.items() if node in self._folded.shifts},
+            ranks,
+        )
 
     def _where_there_is_one(self, b: Builder, grad: str, covered: str) -> str:
         """NaN for a target without a row, for options outside their bounds, and for an image without finite logits."""

@@ -18,11 +18,12 @@ class Folded:
     """A prediction graph without the BatchNorms that follow a convolution alone.
 
     `scales`: name of a convolution -> what its BatchNorm multiplies each channel by, `(channels,)`. The gradient at the
-    convolution's own output is that times the gradient at the folded one's.
+    convolution's own output is that times the gradient at the folded one's. `shifts`: what it then adds.
     """
 
     graph: onnx.GraphProto
     scales: Mapping[str, Array]
+    shifts: Mapping[str, Array]
 
 
 def fold_batch_norms(graph: onnx.GraphProto) -> Folded:
@@ -32,6 +33,7 @@ def fold_batch_norms(graph: onnx.GraphProto) -> Folded:
     folded.CopyFrom(graph)
     stored = {one.name: one for one in folded.initializer}
     scales: dict[str, Array] = {}
+    shifts: dict[str, Array] = {}
     gone: set[str] = set()
     for conv in folded.node:
         norm = _norm_after(values, conv)
@@ -52,7 +54,7 @@ def fold_batch_norms(graph: onnx.GraphProto) -> Folded:
             stored[names[what]] = numpy_helper.from_array(array.astype(weight.dtype), names[what])
         conv.input[:] = [conv.input[0], names["weight"], names["bias"]]
         conv.output[0] = norm.output[0]
-        scales[conv.name] = scale
+        scales[conv.name], shifts[conv.name] = scale, shift
         gone.add(norm.name)
     nodes = [node for node in folded.node if node.name not in gone]
     used = {name for node in nodes for name in node.input}
@@ -60,7 +62,7 @@ def fold_batch_norms(graph: onnx.GraphProto) -> Folded:
     folded.node.extend(nodes)
     del folded.initializer[:]
     folded.initializer.extend(one for name, one in stored.items() if name in used)
-    return Folded(folded, scales)
+    return Folded(folded, scales, shifts)
 
 
 def _norm_after(values: Values, conv: onnx.NodeProto) -> onnx.NodeProto | None:

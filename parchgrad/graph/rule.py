@@ -67,10 +67,10 @@ class Factors:
     fine: str
 
 
-def choose(b: Builder, layers: Sequence[Layer], ranks: Array, row: str, quantile: str, gamma: str) -> Choice:
+def choose(b: Builder, layers: Sequence[Layer], ranks: str, row: str, quantile: str, gamma: str) -> Choice:
     """From the rows `(b,)` of the table, the quantiles `(b, 1 or L)` and gammas `(b,)`, for all layers at once.
 
-    `ranks` `(rows, N)` int16.
+    `ranks` names the table's, `(rows, N)` int16.
     """
     channels = np.array([layer.channels for layer in layers])
     offsets = np.array([layer.offset for layer in layers])
@@ -83,7 +83,7 @@ def choose(b: Builder, layers: Sequence[Layer], ranks: Array, row: str, quantile
     infinite = b.op("IsInf", b.op("Cast", gamma, to=TensorProto.FLOAT))  # IsInf takes no other type everywhere
     some = b.op("Where", b.op("Unsqueeze", infinite, b.ints(1)), count, b.constant(channels[None]))
 
-    rank = b.op("Cast", b.op("Gather", b.constant(ranks, "ranks"), row, axis=0), to=TensorProto.INT64)
+    rank = b.op("Cast", b.op("Gather", ranks, row, axis=0), to=TensorProto.INT64)
     layer_of = b.constant(np.repeat(np.arange(len(layers)), channels), "layer")
     selected = b.op("Less", rank, b.op("Gather", count, layer_of, axis=1))
     own = np.concatenate([np.arange(layer.channels) for layer in layers])

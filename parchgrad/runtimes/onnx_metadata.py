@@ -6,9 +6,13 @@ The file's metadata has one JSON object under the key `parchgrad`.
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from parchgrad.defaults import CONSERVE, Defaults
 from parchgrad.errors import ModelError, ParchGradError
@@ -17,6 +21,8 @@ from parchgrad.options import SEEDS
 from parchgrad.patterns import match
 from parchgrad.preprocessing import Preprocessing
 from parchgrad.quantiles import quantile_of_layers
+
+Array = NDArray[np.float32]
 
 METADATA_KEY = "parchgrad"
 FORMAT_VERSION = 1
@@ -74,6 +80,19 @@ class GraphSettings:
 
 
 @dataclass(frozen=True)
+class GraphFeatures:
+    """Where in the graph the table's GAP features are (graph/features.py), and their statistics; `N` channels."""
+
+    ranks: str  # the table's ranks, `(rows, N)`
+    tensors: tuple[str | None, ...]  # of each layer, in the table's order; None where its features are not known
+    positive: tuple[bool, ...]  # whether only the tensor's positive part counts
+    scale: Array  # (N,): what the tensor was multiplied by, after the feature's place
+    shift: Array  # (N,): and what was then added
+    mean: Array  # (N,)
+    std: Array  # (N,); 0 where the channel is not compared
+
+
+@dataclass(frozen=True)
 class GraphMetadata:
     """All that the file says about itself."""
 
@@ -81,6 +100,7 @@ class GraphMetadata:
     table: GraphTable
     graph: GraphSettings
     versions: Mapping[str, str]
+    features: GraphFeatures | None = None  # None in files of before they were noted
 
 
 def read_metadata(text: str | None, file: str) -> GraphMetadata:
@@ -142,6 +162,17 @@ def _read(data: Mapping[str, Any]) -> GraphMetadata:
         ),
         graph=settings,
         versions=dict(data["versions"]),
+        features=_features(data["features"]) if "features" in data else None,
+    )
+
+
+def _features(data: Mapping[str, Any]) -> GraphFeatures:
+    layers = data["layers"]
+    return GraphFeatures(
+        ranks=data["ranks"],
+        tensors=tuple(layer["tensor"] for layer in layers),
+        positive=tuple(layer["positive"] for layer in layers),
+        **{name: np.frombuffer(b64decode(data[name]), "<f4") for name in ("scale", "shift", "mean", "std")},
     )
 
 
@@ -149,6 +180,14 @@ def _check(metadata: GraphMetadata) -> None:
     table, graph = metadata.table, metadata.graph
     if set(graph.layers) != set(table.layer_names) or len(graph.layers) != len(table.channels):
         raise ModelError(f"its graph has {len(graph.layers)} layers, not the {len(table.channels)} of its table.")
+    if metadata.features is not None:
+        channels = sum(table.channels.values())
+        found = metadata.features
+        if len(found.tensors) != len(table.channels):
+            raise ModelError(f"it has the features of {len(found.tensors)} layers, its table {len(table.channels)}.")
+        for array in (found.scale, found.shift, found.mean, found.std):
+            if len(array) != channels:
+                raise ModelError(f"it has the features of {len(array)} channels, its table {channels}.")
     if outside := [c for c in table.classes if not 0 <= c < len(table.labels)]:
         raise ModelError(f"class {outside[0]} of its table is outside 0..{len(table.labels) - 1}.")
     if wrong := [name for name, channels in table.channels.items() if channels < 1]:

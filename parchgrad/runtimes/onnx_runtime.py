@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from parchgrad import golden
+from parchgrad.drift import LayerDrift, Reference
 from parchgrad.errors import GoldenError, ModelError, OptionError, missing_package
 from parchgrad.interest import Interest
 from parchgrad.labels import no_row_for
@@ -28,7 +29,14 @@ from parchgrad.options import Options, per_image
 from parchgrad.patterns import match
 from parchgrad.quantiles import channels_of_quantile, quantile_of_layers
 from parchgrad.runtimes.array_explanation import ArrayExplanation, softmax
-from parchgrad.runtimes.onnx_metadata import METADATA_KEY, GraphModel, GraphSettings, GraphTable, read_metadata
+from parchgrad.runtimes.onnx_metadata import (
+    METADATA_KEY,
+    GraphFeatures,
+    GraphModel,
+    GraphSettings,
+    GraphTable,
+    read_metadata,
+)
 from parchgrad.versions import resolve_version
 
 Target = int | str | None
@@ -84,6 +92,10 @@ class OnnxExplainer:
         self.table: GraphTable = metadata.table
         self.graph: GraphSettings = metadata.graph
         self.versions = metadata.versions
+        self._features = metadata.features
+        self._reference = self._reference_of(metadata.features)
+        self._feature_cut: Any = None
+        self._making_features = threading.Lock()
         self._size = self._checked_signature()
         self._predictor: Any = None
         self._making_predictor = threading.Lock()
@@ -190,6 +202,40 @@ class OnnxExplainer:
             complete=found.complete,
             options=tuple(options),
         )
+
+    @property
+    def no_drift(self) -> str | None:
+        """Why `drift` cannot be asked; None where it can."""
+        if self._features is None:
+            return f"ONNX file '{self._path}' does not say where its features are; export it again."
+        if not any(self._features.std > 0):
+            return f"No feature of table '{self.table.name}' is known in ONNX file '{self._path}'."
+        return None
+
+    def drift(
+        self, images: Floats, targets: Target | Sequence[Target] | NDArray[np.int64]
+    ) -> list[dict[str, LayerDrift]]:
+        """How far each image is from the table's in the channels of its target: `Explainer.drift` in arrays.
+
+        The first call makes an engine of its own from the file's prediction, with weights of its own in memory.
+        Raises ModelError where the file does not say where its features are: `no_drift` says why.
+        """
+        if (reason := self.no_drift) is not None:
+            raise ModelError(reason)
+        assert self._reference is not None  # no_drift looked
+        images = self._checked_images(images)
+        chosen = self._target_indices(targets, len(images))
+        if (chosen < 0).any():
+            chosen = np.where(chosen < 0, self.predict(images).argmax(axis=1), chosen)
+        self._require(np.isin(chosen, self.table.classes), chosen)
+        rows = np.array([self.table.classes.index(target) for target in chosen.tolist()], dtype=np.int64)
+        gap, rank = self._feature_session().run(["gap", "rank"], {"images": images, "rows": rows})
+        return [self._reference.drift(*each) for each in zip(gap, rank, strict=True)]
+
+    def _reference_of(self, features: GraphFeatures | None) -> Reference | None:
+        if features is None:
+            return None
+        return Reference.of(self.table.channels, self.table.defaults, features.mean, features.std)
 
     def require_statistics(self, options: Sequence[Options]) -> None:
         """Raises OptionError for an option that needs more than the graph holds, or that was fixed otherwise."""
@@ -410,10 +456,20 @@ class OnnxExplainer:
     def _prediction_session(self) -> Any:
         with self._making_predictor:
             if self._predictor is None:
-                settings = _session_options(self._threads)
-                settings.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(self._path.parent.absolute()))
-                self._predictor = _opened(_prediction_alone(self._path), self._path, settings, self._providers)
+                self._predictor = self._session_of(_prediction_alone(self._path))
             return self._predictor
+
+    def _feature_session(self) -> Any:
+        with self._making_features:
+            if self._feature_cut is None:
+                assert self._features is not None  # drift looked
+                self._feature_cut = self._session_of(_features_alone(self._path, self._features, self.table.channels))
+            return self._feature_cut
+
+    def _session_of(self, model: bytes) -> Any:
+        settings = _session_options(self._threads)
+        settings.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(self._path.parent.absolute()))
+        return _opened(model, self._path, settings, self._providers)
 
 
 @dataclass(frozen=True)
@@ -484,17 +540,76 @@ def _prediction_alone(path: Path) -> bytes:
     A session computes all of its graph whatever outputs it is asked for: ONNX Runtime's builds for inference take no
     notice of `RunOptions.only_execute_path_to_fetches`. So prediction alone has a session of its own.
     """
+    model = _read(path)
+    _cut(model.graph, ["logits"])
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _features_alone(path: Path, features: GraphFeatures, channels: Mapping[str, int]) -> bytes:
+    """The part of the file's graph that the features need, and their means: `images`, `rows` -> `gap`, `rank`.
+
+    `gap` `(B, N)`, `rank` `(B, N)` of the table's `rows` `(B,)`.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = _read(path)
+    graph = model.graph
+    _cut(graph, [name for name in (*features.tensors, features.ranks) if name])
+
+    def add(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        graph.node.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def number(name: str, array: NDArray[Any]) -> str:
+        graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    spatial = number("watch/spatial", np.array([2, 3], dtype=np.int64))
+    parts, start = [], 0
+    for number_of, (tensor, positive, width) in enumerate(
+        zip(features.tensors, features.positive, channels.values(), strict=True)
+    ):
+        own, here = f"watch/{number_of}", slice(start, start + width)
+        start += width
+        if tensor is None:  # not compared: its deviations are 0
+            batch = add("Shape", ["images"], f"{own}/batch", start=0, end=1)
+            shape = add("Concat", [batch, number(f"{own}/width", np.array([width]))], f"{own}/shape", axis=0)
+            parts.append(add("ConstantOfShape", [shape], own))
+            continue
+        scale, shift = (one[here].reshape(1, -1, 1, 1).copy() for one in (features.scale, features.shift))
+        if (scale != 1).any() or (shift != 0).any():
+            tensor = add("Sub", [tensor, number(f"{own}/shift", shift)], f"{own}/shifted")
+            tensor = add("Div", [tensor, number(f"{own}/scale", scale)], f"{own}/scaled")
+        if positive:
+            tensor = add("Relu", [tensor], f"{own}/positive")
+        parts.append(add("ReduceMean", [tensor, spatial], own, keepdims=0))
+    add("Concat", parts, "gap", axis=1)
+    add("Gather", [features.ranks, "rows"], "rank", axis=0)
+    graph.input.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch"]))
+    ranks = next(one for one in graph.initializer if one.name == features.ranks)
+    graph.output.append(helper.make_tensor_value_info("gap", TensorProto.FLOAT, ["batch", start]))
+    graph.output.append(helper.make_tensor_value_info("rank", ranks.data_type, ["batch", start]))
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _read(path: Path) -> Any:
+    """The file's model, its external weights where they were."""
     try:
         import onnx
     except ModuleNotFoundError as error:
-        if (named := missing_package("Prediction without explanation", error)) is None:
+        if (named := missing_package("A part of an exported graph", error)) is None:
             raise
         raise named from error
-    model = onnx.load(os.fspath(path), load_external_data=False)
-    graph = model.graph
+    return onnx.load(os.fspath(path), load_external_data=False)
+
+
+def _cut(graph: Any, wanted: Sequence[str]) -> None:
+    """Leave, in place, what `wanted` needs of the images; of the outputs those that are wanted."""
     maker = {name: node for node in graph.node for name in node.output}
     needed: set[str] = set()
-    waiting = ["logits"]
+    waiting = list(wanted)
     while waiting:
         name = waiting.pop()
         if name and name not in needed:
@@ -506,14 +621,12 @@ def _prediction_alone(path: Path) -> bytes:
         (graph.initializer, lambda one: one.name in needed),
         (graph.sparse_initializer, lambda one: one.values.name in needed),
         (graph.input, lambda one: one.name == "images"),
-        (graph.output, lambda one: one.name == "logits"),
+        (graph.output, lambda one: one.name in wanted),
         (graph.value_info, lambda one: one.name in needed),
     ):
         kept = [part for part in parts if keeps(part)]
         del parts[:]
         parts.extend(kept)
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def _names_read(node: Any) -> list[str]:

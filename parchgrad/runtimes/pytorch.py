@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import fields
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from parchgrad.errors import OptionError, UnsupportedModelError
+from parchgrad.features import GapNetwork
 from parchgrad.runtimes import Gradients, Plan, Points
 from parchgrad.runtimes.dense import DenseEngine
 from parchgrad.runtimes.pruned.engine import PrunedEngine, UnlikeModelError
@@ -39,7 +41,10 @@ class PyTorchRuntime:
         if backward not in BACKWARDS:
             raise OptionError("backward", backward, ", ".join(BACKWARDS))
         if device is not None and any(tensor.device != torch.device(device) for tensor in module.parameters()):
-            module = private_view(module, device)  # moved once, for both engines
+            module = private_view(module, device)  # moved once, for all engines
+        self._module, self._table = module, table
+        self._features: GapNetwork | None = None
+        self._featuring = threading.Lock()
         self._dense = DenseEngine(module, table, device)
         self._pruned: PrunedEngine | None = None
         self._shares = True  # benchmarks/many_points.py turns it off
@@ -81,6 +86,20 @@ class PyTorchRuntime:
             except UnlikeModelError as error:
                 self._give_up(error)
         return self._dense.predict(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """GAP features `(B, N)` at the table's own point, layers side by side, on the CPU; one forward pass.
+
+        The first call makes the network that notes them, over the same weights. Raises UnsupportedModelError.
+        """
+        with self._featuring:  # it holds what it has noted: one pass at a time
+            if self._features is None:
+                table = self._table
+                points = None if table.statistics_point == "convolution" else table.built.get("points")
+                self._features = GapNetwork(
+                    self._module, table.layer_names, self.device, table.statistics_point, points
+                )
+            return self._features.features(images.detach())
 
     def sums(self, points: Points, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         pruned = self._pruned

@@ -6,7 +6,6 @@ caller is known before its message is read, the message has a time to arrive, an
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from starlette.datastructures import Headers
 from tritonclient.grpc import service_pb2
 
 from parchgrad import __version__
-from service import admin, metrics
+from service import admin, logs, metrics, tracing
 from service.access import Access, bearer
-from service.app import access_log, request_id
-from service.errors import ServiceError, from_exception
+from service.app import request_id
+from service.errors import STATUS, ServiceError, from_exception
 from service.pipeline import Origin, Pipeline
 from service.protocols import grpc_messages, inference, v2
 from service.protocols.open_inference import Parameters
@@ -93,33 +92,34 @@ class Calls:
 
     async def _call(self, method: Any, messages: AsyncIterator[bytes], context: "grpc.aio.ServicerContext") -> bytes:
         """The answer's bytes; an error becomes its gRPC status, and is counted as its HTTP one."""
-        start, status = time.perf_counter(), 200
         headers = _headers(context.invocation_metadata())
         origin = Origin(f"grpc/{method.name}", request_id(headers.get("x-request-id", "")))
         said: tuple[tuple[str, str], ...] = (("x-request-id", origin.request_id),)
         context.set_trailing_metadata(said)
-        metrics.in_flight.inc()
-        try:
-            return await self._answer(method, messages, context, headers, origin)
-        except asyncio.CancelledError:
-            status = _counted(ServiceError("client_closed_request", "The client went away.")).status
-            raise
-        except Exception as error:
-            answer = _counted(from_exception(error))
-            status = answer.status
-            if answer.code == "internal":
-                log.exception("Request %s failed for a reason of ours.", origin.request_id)
-            said += (("error-code", answer.code),)
-            if "Retry-After" in answer.headers:
-                said += (("retry-after", answer.headers["Retry-After"]),)
-            await context.abort(CODE_OF_STATUS[status], answer.message[:MAX_DETAILS], said)
-            raise  # never reached: abort raises
-        finally:
-            metrics.in_flight.dec()
-            metrics.requests.labels(origin.route, str(status)).inc()
-            seconds = time.perf_counter() - start
-            metrics.request_seconds.labels(origin.route).observe(seconds)
-            access_log.info("%s %s %.1f ms %s", origin.route, status, 1000 * seconds, origin.request_id)
+        logs.request_id.set(origin.request_id)
+        with tracing.call(SERVICE.full_name, method.name, headers), metrics.request(origin.route) as told:
+            try:
+                content = await self._answer(method, messages, context, headers, origin)
+                told.status = 200
+                return content
+            except asyncio.CancelledError:
+                told.status = STATUS["client_closed_request"]
+                metrics.refused("client_closed_request")
+                raise
+            except Exception as error:
+                answer = from_exception(error)
+                told.status = answer.status
+                metrics.refused(answer.code)
+                if answer.code == "internal":
+                    log.exception("Request %s failed for a reason of ours.", origin.request_id)
+                said += (("error-code", answer.code),)
+                if "Retry-After" in answer.headers:
+                    said += (("retry-after", answer.headers["Retry-After"]),)
+                await context.abort(CODE_OF_STATUS[answer.status], answer.message[:MAX_DETAILS], said)
+                raise  # never reached: abort raises
+            finally:
+                tracing.answered(told, grpc_status=_number(told.status))
+                logs.answered(told, origin.request_id)
 
     async def _answer(
         self,
@@ -194,7 +194,7 @@ class Calls:
             asked = await asyncio.to_thread(grpc_messages.decode, message)
             asked = replace(asked, parameters=timed(asked.parameters, call.seconds, self._pipeline.settings))
             response = await inference.infer(self._pipeline, served, asked, call.arrival, call.origin)
-            return await asyncio.to_thread(grpc_messages.encode, response)
+            return await asyncio.to_thread(tracing.rendered, grpc_messages.encode, response)
 
     def _named(self, name: str, version: str) -> AbstractContextManager[Served]:
         """Empty: the default model, its newest version. Raises ServiceError when entered."""
@@ -222,6 +222,11 @@ class Calls:
         return service_pb2.RepositoryModelUnloadResponse()
 
 
+def _number(status: int) -> int:
+    """gRPC's code of an HTTP status, as a number."""
+    return int(CODE_OF_STATUS[status].value[0]) if status in CODE_OF_STATUS else 0
+
+
 def timed(parameters: Parameters, seconds: float | None, settings: Settings) -> Parameters:
     """The call's deadline is its images' timeout, where the request names none itself."""
     if seconds is None or parameters.get("timeout") or "timeout_ms" in parameters:
@@ -240,11 +245,6 @@ def _parsed(method: Any, content: bytes) -> Any:
         return getattr(service_pb2, method.input_type.name).FromString(content)
     except DecodeError:
         raise ServiceError("malformed_request", f"The message is no {method.input_type.name}.") from None
-
-
-def _counted(error: ServiceError) -> ServiceError:
-    metrics.rejects.labels(error.code).inc()
-    return error
 
 
 def _check_repository(name: str) -> None:

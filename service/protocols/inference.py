@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from service import metrics, tracing
 from service.answers import effective_options, map_error
 from service.engine import Engine
 from service.errors import ServiceError
@@ -114,6 +115,7 @@ async def infer(
 
     Raises ServiceError; an image's own error fails the request and names the image.
     """
+    metrics.asked("explain" if request.wants("saliency") else "predict")
     request = _with_our_names(request)
     images = await asyncio.to_thread(_images, served.engine, request, pipeline.settings.max_images)
     asked = _options(served.engine, request, len(images))
@@ -122,7 +124,7 @@ async def infer(
     if not request.wants("saliency"):
         checked = [replace(one, options=None) for one in checked]
     outcomes = all_of(await pipeline.run(served, checked, origin))
-    return await asyncio.to_thread(_response, served.engine, request, outcomes)
+    return await asyncio.to_thread(tracing.rendered, _response, served.engine, request, outcomes)
 
 
 def all_of(outcomes: Sequence[Outcome | ServiceError]) -> list[Outcome]:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from service import metrics, tracing
 from service.answers import JSON, encode
 from service.body import read_bytes
 from service.engine import Engine
@@ -63,6 +64,7 @@ async def explain(request: Request) -> Response:
 
 async def _answer(request: Request, route: str) -> Response:
     arrival = asyncio.get_running_loop().time()
+    metrics.asked("explain" if route == "explain" else "predict")
     pipeline: Pipeline = request.app.state.pipeline
     settings = pipeline.settings
     with pipeline.repository.use(request.path_params["name"]) as served, pipeline.bodies.share() as share:
@@ -75,7 +77,7 @@ async def _computed(request: Request, served: Served, body: bytearray, route: st
     images, asked = await asyncio.to_thread(_read, body, pipeline.settings.max_images, route)
     checked = pipeline.check(served, images, asked, explain=route == "explain", draw=False, arrival=arrival)
     outcomes = all_of(await pipeline.run(served, checked, origin(request)))
-    content = await asyncio.to_thread(_arranged, served.engine, outcomes, route)
+    content = await asyncio.to_thread(tracing.rendered, _arranged, served.engine, outcomes, route)
     return Response(content, media_type=JSON)
 
 

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from parchgrad import __version__
+from service import tracing
 from service.body import read_bytes
 from service.errors import ServiceError
 from service.native import origin, while_connected
@@ -72,7 +73,7 @@ async def _inferred(request: Request, served: Served, body: bytearray, arrival: 
     if asked.model_name not in (None, served.name):
         raise ServiceError("malformed_request", f"The body names another model than the address, '{served.name}'.")
     answer = await inference.infer(_pipeline(request), served, asked, arrival, origin(request))
-    content, headers = await asyncio.to_thread(open_inference.encode, answer, asked)
+    content, headers = await asyncio.to_thread(tracing.rendered, open_inference.encode, answer, asked)
     return Response(content, headers=headers)
 
 

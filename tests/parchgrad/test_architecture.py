@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "quantiles": {"patterns"},
     "defaults": {"quantiles"},
     "options": {"defaults", "quantiles"},
+    "drift": {"defaults", "patterns", "quantiles"},
     "methods": {"options"},
     "interest": set(),
     "labels": set(),
@@ -41,14 +42,15 @@ MAY_IMPORT = {
     "runtimes.array_explanation": {"options"},
     "runtimes.onnx_metadata": {"defaults", "labels", "options", "patterns", "preprocessing", "quantiles"},
     "runtimes.onnx_runtime": {
-        "golden", "interest", "labels", "methods", "options", "patterns", "quantiles", "versions",
+        "drift", "golden", "interest", "labels", "methods", "options", "patterns", "quantiles", "versions",
         "runtimes.array_explanation", "runtimes.onnx_metadata",
     },
 }  # fmt: skip
 
 # What works where torch is not installed, and all it imports.
 WITHOUT_TORCH = (
-    *("answers", "cli", "client", "defaults", "errors", "files", "golden", "interest", "labels", "methods", "options"),
+    *("answers", "cli", "client", "defaults", "drift", "errors", "files", "golden", "interest", "labels", "methods"),
+    "options",
     *("patterns", "preprocessing", "quantiles", "render", "runtimes", "runtimes.array_explanation"),
     *("runtimes.onnx_metadata", "runtimes.onnx_runtime", "statistics", "uploads", "versions"),
 )

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from parchgrad.evaluation.maps import gini, mass_share, pointing_hit
+from parchgrad.evaluation.maps import agreement, border_share, centroid, figures, gini, mass_share, pointing_hit
 from parchgrad.evaluation.mosaics import four, quarter_mask
 
 
@@ -52,6 +53,57 @@ def test_gini_equals_the_mean_difference():
     one[1, 2] = 5.0
     assert gini(one) == pytest.approx(15 / 16)
     assert math.isnan(gini(np.zeros((4, 4))))
+
+
+def test_border_share_counts_what_lies_near_the_edges():
+    """Pixel by pixel, each cut into 10 x 10: a tenth of 10 and 20 pixels is a whole number of pixels' tenths."""
+    saliency = np.random.default_rng(3).normal(size=(7, 20))
+    near = 0.0
+    for i in range(7):
+        for j in range(20):
+            for a in range(100):
+                for b in range(10):
+                    y, x = (i + (a + 0.5) / 100) / 7, (j + (b + 0.5) / 10) / 20
+                    near += abs(saliency[i, j]) / 1000 * (min(x, 1 - x, y, 1 - y) < 0.1)
+    assert border_share(saliency) == pytest.approx(near / np.abs(saliency).sum(), rel=1e-9)
+    for shape in ((224, 224), (5, 3), (1, 1), (17, 128)):
+        assert border_share(np.ones(shape)) == pytest.approx(0.36)
+    assert border_share(np.ones((9, 9)), 0.25) == pytest.approx(0.75)
+    assert border_share(np.pad(np.ones((8, 8)), 1)) == pytest.approx(0.0, abs=1e-12)
+    assert math.isnan(border_share(np.zeros((4, 4))))
+
+
+def test_centroid_is_the_mean_place_of_the_mass():
+    saliency = example()[0]
+    mass = saliency.sum()
+    x = sum(saliency[i, j] * (j + 0.5) / 7 for i in range(5) for j in range(7)) / mass
+    y = sum(saliency[i, j] * (i + 0.5) / 5 for i in range(5) for j in range(7)) / mass
+    assert centroid(saliency) == (pytest.approx(x, rel=1e-12), pytest.approx(y, rel=1e-12))
+    assert centroid(-saliency) == centroid(saliency)
+    corner = np.zeros((4, 8))
+    corner[3, 0] = 2.0
+    assert centroid(corner) == (pytest.approx(1 / 16), pytest.approx(7 / 8))
+    assert all(math.isnan(value) for value in centroid(np.zeros((4, 4))))
+
+
+def test_agreement_is_spearmans_correlation():
+    generator = np.random.default_rng(5)
+    ours = generator.integers(0, 6, (9, 11)).astype(np.float32)  # with ties
+    other = ours + generator.normal(size=(9, 11))
+    assert agreement(ours, other) == pytest.approx(stats.spearmanr(ours.ravel(), other.ravel()).statistic, rel=1e-12)
+    assert agreement(ours, ours**3) == pytest.approx(1.0)
+    assert agreement(ours, -ours) == pytest.approx(-1.0)
+    assert math.isnan(agreement(ours, np.ones((9, 11))))
+    assert math.isnan(agreement(ours, np.full((9, 11), np.nan)))
+
+
+def test_the_figures_of_a_map_are_one_by_one_and_nothing_of_a_map_that_is_none():
+    saliency = example()[0]
+    found = figures(saliency)
+    assert (found.gini, found.border_share) == (gini(saliency), border_share(saliency))
+    assert (found.x, found.y) == centroid(saliency)
+    for nothing in (np.zeros((3, 3)), np.full((3, 3), np.nan), np.array([[1.0, np.inf]])):
+        assert all(math.isnan(value) for value in vars(figures(nothing)).values())
 
 
 def test_a_mosaic_and_its_quarters():

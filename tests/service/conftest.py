@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prometheus_client import REGISTRY
 from torchvision import models
 
 import parchgrad
@@ -31,7 +32,7 @@ class Home:
     def settings(self) -> dict[str, object]:
         return {
             "models_dir": self.root / "models", "tables_dir": self.root / "tables", "graphs_dir": self.root / "graphs",
-            "model": "tiny", "threads": 1, "drain_ms": 0,
+            "model": "tiny", "threads": 1, "drain_ms": 0, "watch_rate": 0,  # no chance in what a test counts
         }  # fmt: skip
 
     def explainer(self) -> parchgrad.Explainer:
@@ -74,6 +75,16 @@ def bad_images() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data/bad_images is not here")
     return folder
+
+
+def counted(name: str, **labels: str) -> float:
+    """The sum of a metric's samples in this process that carry `labels`; Server.metric has a server's."""
+    return sum(
+        sample.value
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (96, 80)) -> Image.Image:

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from service import audit, metrics
+from service import audit
 from service.audit import Audit, LogFile
 from service.errors import ServiceError
 from service.pipeline import Origin
 from service.settings import Settings, SettingsError
-from tests.service.conftest import LABELS, Home, files, picture, png
+from tests.service.conftest import LABELS, Home, counted, files, picture, png
 from tests.service.serving import PROJECT_ROOT, Server, serving
 
 FULL = Path("/dev/full")
@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def lost() -> float:
-    return float(metrics.audit_lost._value.get())  # type: ignore[attr-defined]
+    return counted("parchgrad_audit_lost_total")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import REGISTRY
 
 from service.engine import Job, Result
 from service.errors import ServiceError
@@ -26,7 +25,7 @@ from service.repository import Served
 from service.schemas import parse_options
 from service.settings import Settings
 from service.torch_engine import TorchEngine
-from tests.service.conftest import COVERED, LABELS, Home, files, picture, png
+from tests.service.conftest import COVERED, LABELS, Home, counted, files, picture, png
 from tests.service.serving import Server, serving
 from tests.service.test_server import distance, explain, refused, saliency
 
@@ -121,7 +120,7 @@ def bench(home: Home) -> Iterator[Bench]:
 
 def queued() -> int:
     """Images that wait for the device, in this process."""
-    return round(REGISTRY.get_sample_value("parchgrad_queue_depth_images") or 0)
+    return round(counted("parchgrad_queue_depth_images"))
 
 
 def numbers(outcome: Outcome | ServiceError) -> list[np.ndarray]:

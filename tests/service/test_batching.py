@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service import metrics
 from service.batching import Batcher, DeadlineError, QueueFullError, Wanted
+from tests.service.conftest import counted
 
 FOREVER = 1e9
 
@@ -204,7 +204,7 @@ def test_what_was_dropped_is_counted_by_what_ended_its_wait(
 
 
 def dropped(reason: str) -> float:
-    return float(metrics.dropped.labels(reason)._value.get())
+    return counted("parchgrad_dropped_total", kind="kind", reason=reason)
 
 
 def test_cancelling_a_job_on_the_device_leaves_its_mates(executor: ThreadPoolExecutor, device: Device) -> None:

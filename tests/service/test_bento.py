@@ -21,7 +21,8 @@ def source(tmp_path_factory: pytest.TempPathFactory, home: Home) -> Path:
     for name in PACKED:
         if (PROJECT_ROOT / name).is_dir():
             shutil.copytree(PROJECT_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("bentofile.yaml", "README.md", "requirements.lock"):
+    shutil.copytree(PROJECT_ROOT / "deploy" / "container", folder / "deploy" / "container")
+    for name in ("bentofile.yaml", "README.md"):
         shutil.copy(PROJECT_ROOT / name, folder / name)
     shutil.copytree(home.root / "models", folder / "models", dirs_exist_ok=True)
     shutil.copytree(home.root / "tables", folder / "selection_tables", dirs_exist_ok=True)
@@ -43,9 +44,12 @@ def bento(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_bento_holds_what_it_needs_and_no_more(bento: Path) -> None:
     (packed,) = (bento / "bentos" / "parchgrad").glob("*/src")
-    assert {path.name for path in packed.iterdir()} <= {*PACKED, "requirements.lock", "README.md", "bentofile.yaml"}
+    assert {path.name for path in packed.iterdir()} <= {*PACKED, "bentofile.yaml"}
     assert (packed / "models" / "tiny" / "1" / "weights.safetensors").is_file()
     assert not list(packed.rglob("__pycache__"))
+    pinned = (packed.parent / "env/python/requirements.txt").read_text()
+    assert "onnxruntime==" in pinned
+    assert "torch==" not in pinned  # the lock of development is not what a service installs
 
 
 @pytest.mark.parametrize("model", ["tiny", "scenes"])

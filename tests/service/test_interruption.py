@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from parchgrad.options import Options
-from service import metrics
 from service.engine import Explained, Job, Result, Room
 from service.errors import ServiceError
 from service.pipeline import Outcome
 from service.settings import Settings
 from service.torch_engine import TorchEngine
-from tests.service.conftest import Home, picture, png
+from tests.service.conftest import Home, counted, picture, png
 from tests.service.test_batch_mates import Bench, Device
 
 PIXELS = 20_000  # of a pass: four points of the model's 64 x 64
@@ -121,7 +120,7 @@ def passes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Passes]:
 
 
 def interrupted() -> float:
-    return float(metrics.dropped.labels("interrupted")._value.get())
+    return counted("parchgrad_dropped_total", reason="interrupted")
 
 
 async def held(passes: Passes, asked: "asyncio.Future[Outcome | ServiceError]") -> None:

@@ -45,6 +45,13 @@ def test_booleans(text: str, value: bool) -> None:
         ("MODELS_DIR", "", "PARCHGRAD_MODELS_DIR='': expected a folder."),
         ("TIMEOUT_MS", "130000", "PARCHGRAD_TIMEOUT_MS='130000': expected at most PARCHGRAD_MAX_TIMEOUT_MS=120000."),
         ("SHED_ABOVE", "9999", "PARCHGRAD_SHED_ABOVE='9999': expected at most PARCHGRAD_MAX_QUEUE=256."),
+        (
+            "DIGESTS",
+            "tiny:aa",
+            "PARCHGRAD_DIGESTS='tiny:aa': expected "
+            "NAME/VERSION:WEIGHTS_SHA256[:TABLE_SHA256[:GRAPH_SHA256]], comma-separated.",
+        ),
+        ("DIGESTS", f"a/1:{'0' * 64},a/1:{'1' * 64}", "PARCHGRAD_DIGESTS='a/1': expected one entry for a version."),
         ("MAX_QUEUE", "4", "PARCHGRAD_MAX_QUEUE='4': expected at least PARCHGRAD_MAX_IMAGES=16."),
     ],
 )
@@ -60,6 +67,15 @@ def test_a_variable_that_is_no_setting_is_refused() -> None:
         Settings.from_environment({"PARCHGRAD_MAX_QUEU": "3"})
     with pytest.raises(SettingsError, match=r"PARCHGRAD_WORKERS\.$"):  # nothing is near it
         Settings.from_environment({"PARCHGRAD_TYPO": "3"})
+
+
+def test_digests_of_a_version() -> None:
+    text = f"a/1:{'0' * 64},b/12:{'1' * 64}:{'2' * 64},c/1:{'3' * 64}:{'4' * 64}:{'5' * 64}"
+    settings = Settings.from_environment({"PARCHGRAD_DIGESTS": text})
+    assert settings.digests_of("a", "1") == {"weights": "0" * 64}
+    assert settings.digests_of("b", "12") == {"weights": "1" * 64, "table": "2" * 64}
+    assert settings.digests_of("c", "1") == {"weights": "3" * 64, "table": "4" * 64, "graph": "5" * 64}
+    assert settings.digests_of("b", "1") is None
 
 
 def test_shed_above_the_whole_queue_is_allowed() -> None:

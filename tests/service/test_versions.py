@@ -1,5 +1,7 @@
 """service/versions.py: which versions there are, what runs each of them, and what is said where nothing can."""
 
+import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,3 +186,49 @@ def test_auto_refuses_a_package_that_it_cannot_compare(both: Settings, tmp_path:
     (package / "model.yaml").write_text("weights: 3\n")
     with pytest.raises(ModelError, match=r"model\.yaml' beside the graph cannot be read: TypeError"):
         versions.load(replace(both, models_dir=tmp_path / "models"), "tiny", "1")
+
+
+# --- what must be loaded ---------------------------------------------------------------------------------------
+
+
+def digests(home: Home) -> dict[str, str]:
+    """Of the tiny model, as `graphs.write` takes them."""
+    explainer = home.explainer()
+    return {"weights_sha256": explainer.model.weights_sha256, "table_sha256": explainer.table.table_sha256}
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+def test_what_has_the_digests_is_loaded(both: Settings, home: Home, runtime: str) -> None:
+    of_tiny = digests(home)
+    folder = graphs.write(both.graphs_dir, "tiny", **of_tiny)
+    graph = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    for entry in (of_tiny["weights_sha256"], ":".join(of_tiny.values()), ":".join([*of_tiny.values(), graph])):
+        versions.load(replace(both, runtime=runtime, digests=f"tiny/1:{entry},other/1:{'d' * 64}"), "tiny", "1")
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
+@pytest.mark.parametrize("what", ["weights", "table"])
+def test_what_has_another_digest_is_refused(both: Settings, home: Home, runtime: str, what: str) -> None:
+    of_tiny = digests(home)
+    graphs.write(both.graphs_dir, "tiny", **of_tiny)
+    wanted = ":".join((of_tiny | {f"{what}_sha256": "d" * 64}).values())
+    expected = f"is expected with a {what} of SHA-256 {'d' * 64} (PARCHGRAD_DIGESTS), found {of_tiny[f'{what}_sha256']}"
+    with pytest.raises(ModelError, match=re.escape(expected)):
+        versions.load(replace(both, runtime=runtime, digests=f"tiny/1:{wanted}"), "tiny", "1")
+
+
+@pytest.mark.parametrize("changed", ["model.onnx", "model.onnx.data"])
+def test_a_graph_of_other_bytes_is_refused_before_it_is_read(both: Settings, home: Home, changed: str) -> None:
+    of_tiny = digests(home)
+    folder = graphs.write(both.graphs_dir, "tiny", **of_tiny)
+    graph = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    with (folder / changed).open("ab") as file:
+        file.write(b"no graph")
+    settings = replace(both, runtime="onnx", digests=f"tiny/1:{':'.join([*of_tiny.values(), graph])}")
+    with pytest.raises(ModelError, match=f"version 1 is expected with a graph of SHA-256 {graph} .*, found [0-9a-f]+"):
+        versions.load(settings, "tiny", "1")
+
+
+def test_where_there_are_digests_nothing_else_is_loaded(both: Settings) -> None:
+    with pytest.raises(ModelError, match=r"version 1 is expected in PARCHGRAD_DIGESTS, found no entry for it\."):
+        versions.load(replace(both, digests=f"tiny/2:{'d' * 64}"), "tiny", "1")
