@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from urllib.parse import urlsplit
 
@@ -35,13 +35,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one request; `sent` counts seconds from the start of the load, on the callers' clock."""
+    """What came of one request; `sent` counts seconds from the start of the load, on the callers' clock.
+
+    `late` says how long after its time it was sent, where it had one.
+    """
 
     sent: float
     seconds: float
     status: int
     retry_after: str | None
     body: bytes
+    late: float = 0.0
 
     @property
     def finished(self) -> float:
@@ -180,18 +184,24 @@ def each_once(url: str, requests: Sequence[Request], clients: int) -> list[Reply
 
 def open_loop(url: str, requests: Sequence[bytes], rate: float, count: int) -> Load:
     """`count` requests, `rate` a second at even steps, whether or not earlier ones were answered."""
+    return at_times(url, requests, [turn / rate for turn in range(count)])
+
+
+def at_times(url: str, requests: Sequence[bytes], times: Sequence[float]) -> Load:
+    """A request at each of `times`, seconds from the start in ascending order, whatever became of earlier ones."""
 
     async def run(begun: float) -> list[Reply]:
         idle, replies = list[Connection](), list[Reply]()
 
         async def arrival(turn: int) -> None:
             connection = idle.pop() if idle else Connection(url)
-            replies.append(await connection.ask(requests[turn % len(requests)], begun))
+            reply = await connection.ask(requests[turn % len(requests)], begun)
+            replies.append(replace(reply, late=reply.sent - times[turn]))
             idle.append(connection)
 
         arrivals = []
-        for turn in range(count):
-            await asyncio.sleep(max(0.0, begun + turn / rate - time.perf_counter()))
+        for turn, due in enumerate(times):
+            await asyncio.sleep(max(0.0, begun + due - time.perf_counter()))
             arrivals.append(asyncio.ensure_future(arrival(turn)))
         await asyncio.gather(*arrivals)
         for connection in idle:
