@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test bench soak fuzz lint model figures lock clean
+.PHONY: help install demo serve test bench soak fuzz lint model figures lock container container-test clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(READY)  ## create .venv with the locked dependencies
 
@@ -52,6 +52,12 @@ model: $(READY)  ## train the bundled model again and build its selection table
 
 figures: $(READY)  ## print the figures of docs/figures.md
 	$(BIN)/python -m scenes.evaluate
+
+container: $(READY)  ## build the image parchgrad:cpu, with Docker or podman (docs/container.md)
+	$(BIN)/python deploy/container/build.py cpu
+
+container-test: $(READY)  ## build it without a registry, run it without rights, ask it, stop it; needs root and podman
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy/test_container.py tests/deploy/test_compose.py tests/deploy/test_requirements.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
