@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes, rendered by Kustomize; the only program here makes one of them."""
