@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test bench soak fuzz lint model figures lock container container-test clean
+.PHONY: help install demo serve test bench soak fuzz lint model figures lock container container-test secrets dashboards clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,27 @@ container: $(READY)  ## build the image parchgrad:cpu, with Docker or podman (do
 
 container-test: $(READY)  ## build it without a registry, run it without rights, ask it, stop it; needs root and podman
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy/test_container.py tests/deploy/test_compose.py tests/deploy/test_requirements.py
+
+secrets: secrets/parchgrad_keys secrets/grafana_password  ## a key for callers and Grafana's password, for deploy/compose.yaml
+
+# Containers read them as users of their own: the folder is closed, the files are not. The keys' file holds digests only.
+secrets/parchgrad_keys: | $(READY)
+	mkdir -p -m 700 secrets
+	(umask 077; $(BIN)/parchgrad key new me > secrets/token 2> secrets/said)
+	tail -n 1 secrets/said > $@
+	rm secrets/said
+	chmod 644 $@
+	@echo "The caller's token is in secrets/token."
+
+secrets/grafana_password: | $(READY)
+	mkdir -p -m 700 secrets
+	$(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(24))' > $@
+	chmod 644 $@
+	@echo "Grafana's password, of its user 'admin', is in $@."
+
+dashboards: $(READY)  ## write deploy/grafana/dashboards from their source, and Kubernetes' copy of the rules
+	$(BIN)/python -m deploy.grafana
+	$(BIN)/python -m deploy.kubernetes.prometheus_rule
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -182,7 +182,7 @@ def _palette(colormap: str) -> Pixels:
 
 @lru_cache(maxsize=1)
 def _palettes() -> Pixels:
-    """(colour maps, 256, 3), in the order of COLORMAPS. A file of 7 kB: matplotlib takes half a second and 80 MB."""
+    """(colour maps, 256, 3), in the order of COLORMAPS. A file, so that drawing needs no matplotlib."""
     found: Pixels = np.load(Path(__file__).with_name("palettes.npy"))
     return found
 
