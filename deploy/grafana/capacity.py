@@ -65,12 +65,13 @@ NOW = Row(
         ),
         number(
             "Memory",
-            "Memory used over the limit, of the fullest device; near 1 workers are killed or batches halved.",
+            "Memory used over the limit, of the fullest device; on a CPU other things count against it too, and "
+            "workers may be killed from 0.75 on.",
             units.PercentUnit,
             Query(
                 f"max(parchgrad_device_memory_used_bytes{{{INSTANCE}}} / parchgrad_device_memory_total_bytes)", "used"
             ),
-            limit=Limit(0.8, 0.9),
+            limit=Limit(0.7, 0.9),
         ),
     ),
 )
@@ -109,10 +110,11 @@ ROOM = Row(
     (
         over_time(
             "Device busy by kind",
-            "Share of the time a worker's device thread works, predictions and maps have one each; "
-            "at 1 the queue grows without end.",
+            "Share of the time a worker's device thread works, predictions and maps have one each, and of both "
+            "together, as they share cores or card; the alert is on the last.",
             units.PercentUnit,
             Query(f"parchgrad:device_busy:ratio_rate5m{{{INSTANCE}}}", "{{instance}} {{kind}}"),
+            Query(f"sum by (instance) (parchgrad:device_busy:ratio_rate5m{{{INSTANCE}}})", "{{instance}} together"),
             limit=Limit(BUSY_TARGET, 0.85),
         ),
         over_time(

@@ -25,21 +25,24 @@ UID = "parchgrad-explanations"
 DEFAULT = f'{MODEL}, options="default"'  # maps made under the table's own options; callers' own differ as they please
 RECORDED = f'{JOB}, model=~"$model"'  # recording rules have no instance
 VERSIONS = ("model", "version")
+SAMPLED = "1h"  # of sampled images (one in a hundred) a minute mostly has none
 CHANGED = (
-    "0.5 * sum by (job, model, version) (abs("
+    "0.5 * sum by (namespace, job, model, version) (abs("
     f"(parchgrad:class_share:ratio30m{{{RECORDED}}} or 0 * parchgrad:class_share:history1d{{{RECORDED}}}) - "
     f"(parchgrad:class_share:history1d{{{RECORDED}}} or 0 * parchgrad:class_share:ratio30m{{{RECORDED}}})))"
-    f" and on (job, model, version) parchgrad:class_share:history1d{{{RECORDED}}}"
+    f" and on (namespace, job, model, version) parchgrad:class_share:history1d{{{RECORDED}}}"
 )
 
 
-def _course(title: str, description: str, unit: str, now: str, recorded: str, *, width: int = 8) -> Panel:
+def _course(
+    title: str, description: str, unit: str, now: str, recorded: str, *, width: int = 8, latest: str = "now"
+) -> Panel:
     """A mean now, over the alerts' window, and over the day before that: alerts compare the last two."""
     return over_time(
         title,
         description,
         unit,
-        Query(now, f"{VERSION} now"),
+        Query(now, f"{VERSION} {latest}"),
         Query(f"{recorded}{{{RECORDED}}}", f"{VERSION} window"),
         Query(f"{recorded.rpartition(':')[0]}:history1d{{{RECORDED}}}", f"{VERSION} day before"),
         width=width,
@@ -156,17 +159,19 @@ SEEN = Row(
             "Agreement with the plain gradient",
             "Mean rank correlation of a map and the plain gradient's; it leaves the day before's when pictures change.",
             units.Short,
-            signed_mean("parchgrad_map_gradient_agreement", MODEL, *VERSIONS),
+            signed_mean("parchgrad_map_gradient_agreement", MODEL, *VERSIONS, window=SAMPLED),
             "parchgrad:map_gradient_agreement:mean6h",
+            latest="last hour",
         ),
         over_time(
             "Distance from the table",
             "Root mean square of the selected channels' deviations from the table's means, in its deviations, mean and "
-            "worst layer; a mean of 1 to 1.3 is usual, each model's own day is what counts.",
+            "worst layer of an hour; a mean of 1 to 1.3 is usual, each model's own day is what counts.",
             units.Short,
-            Query(mean("parchgrad_activation_distance", MODEL, *VERSIONS), f"{VERSION} mean"),
+            Query(mean("parchgrad_activation_distance", MODEL, *VERSIONS, window=SAMPLED), f"{VERSION} mean"),
             Query(
-                f"max by (model, version) ({mean('parchgrad_activation_distance', MODEL, *VERSIONS, 'layer')})",
+                "max by (model, version) "
+                f"({mean('parchgrad_activation_distance', MODEL, *VERSIONS, 'layer', window=SAMPLED)})",
                 f"{VERSION} worst layer",
             ),
             Query(
@@ -176,12 +181,12 @@ SEEN = Row(
         ),
         over_time(
             "Shift from the table",
-            "Mean signed deviation of the selected channels, lowest and highest layer; away from 0 they are dimmer or "
-            "brighter than in the table's images.",
+            "Mean signed deviation of the selected channels in an hour, lowest and highest layer; away from 0 they are "
+            "dimmer or brighter than in the table's images.",
             units.Short,
-            Query(f"min({signed_mean('parchgrad_activation_shift', MODEL, 'layer')})", "lowest layer"),
-            Query(signed_mean("parchgrad_activation_shift", MODEL), "mean"),
-            Query(f"max({signed_mean('parchgrad_activation_shift', MODEL, 'layer')})", "highest layer"),
+            Query(f"min({signed_mean('parchgrad_activation_shift', MODEL, 'layer', window=SAMPLED)})", "lowest layer"),
+            Query(signed_mean("parchgrad_activation_shift", MODEL, window=SAMPLED), "mean"),
+            Query(f"max({signed_mean('parchgrad_activation_shift', MODEL, 'layer', window=SAMPLED)})", "highest layer"),
             least=None,
         ),
         bars(
@@ -191,10 +196,13 @@ SEEN = Row(
             Query(f"topk(10, max by (layer) (parchgrad:activation_distance:mean6h{{{RECORDED}}}))", "{{layer}}"),
         ),
         bars(
-            "Distance by class",
+            "Distance by class, six hours",
             "The same by the class explained, the ten farthest: one class apart is a change of its pictures.",
             units.Short,
-            Query(f"topk(10, {mean('parchgrad_class_activation_distance', MODEL, 'class_label')})", "{{class_label}}"),
+            Query(
+                f"topk(10, {mean('parchgrad_class_activation_distance', MODEL, 'class_label', window='6h')})",
+                "{{class_label}}",
+            ),
         ),
         over_time(
             "Watched images",

@@ -35,11 +35,12 @@ HEIGHT = 8
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 # The label matchers of every expression. All of a variable is `.*`, so that what has no model (a request refused before
-# it named one) is shown as well.
-JOB = 'job=~"$job"'
+# it named one), and what has no namespace, is shown as well.
+JOB = 'namespace=~"$namespace", job=~"$job"'
 INSTANCE = f'{JOB}, instance=~"$instance"'
 MODEL = f'{INSTANCE}, model=~"$model"'
 VERSION = "{{model}}/{{version}}"  # legend of a model's version
+INTERVAL = "$__rate_interval"  # Grafana's own, about four scrapes at least
 
 Panel = Builder[model.Panel]
 
@@ -81,15 +82,16 @@ class Row:
     panels: Sequence[Panel]
 
 
-def _query(number: int, query: Query) -> queries.Dataquery:
-    return (
+def _query(number: int, query: Query, *, instant: bool = False) -> queries.Dataquery:
+    """Over the range shown; `instant`: of its end alone."""
+    made = (
         queries.Dataquery()
         .ref_id(chr(ord("A") + number))
         .datasource(SOURCE)
         .expr(query.expr)
         .legend_format(query.legend)
-        .range()
     )
+    return made.instant() if instant else made.range()
 
 
 def over_time(
@@ -180,7 +182,16 @@ def number(
     limit: Limit | None = None,
     absent: str = "No data",
 ) -> Panel:
-    """The latest value in large digits, coloured by `limit`, its course behind it; `absent` where there is none."""
+    """The value of this moment in large digits, coloured by `limit`; `absent`, in grey, where there is none.
+
+    Asked for the moment: of a range the last value stands there, green, long after its service is gone.
+    """
+    gone = model.SpecialValueMap(
+        options=model.DashboardSpecialValueMapOptions(
+            match=model.SpecialValueMatch.NULL_AND_NAN,
+            result=model.ValueMappingResult(text=absent, color="#808080", index=0),
+        )
+    )
     return (
         stat.Panel()
         .title(title)
@@ -190,12 +201,13 @@ def number(
         .height(4)
         .unit(unit)
         .no_value(absent)
+        .mappings([gone])
         .thresholds(limit.build() if limit else PLAIN)
         .color_scheme(boards.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .graph_mode(BigValueGraphMode.AREA)
+        .graph_mode(BigValueGraphMode.NONE)
         .color_mode(BigValueColorMode.VALUE)
-        .with_target(_query(0, query))
+        .with_target(_query(0, query, instant=True))
     )
 
 
@@ -223,7 +235,7 @@ def bars(
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .display_mode(BarGaugeDisplayMode.BASIC)
         .orientation(VizOrientation.HORIZONTAL)
-        .with_target(_query(0, query).instant())
+        .with_target(_query(0, query, instant=True))
     )
 
 
@@ -242,6 +254,7 @@ def listing(title: str, description: str, expr: str, columns: Sequence[str], *, 
         .datasource(SOURCE)
         .span(width)
         .height(5)
+        .show_header(True)  # without any option `options` is null, which older Grafanas do not take
         .with_transformation(shown)
         .with_target(query)
     )
@@ -277,11 +290,12 @@ def board(uid: str, title: str, description: str) -> boards.Dashboard:
 
 
 def watched(uid: str, title: str, description: str, rows: Sequence[Row]) -> model.Dashboard:
-    """A dashboard of rows, with the variables datasource, job, model and instance."""
+    """A dashboard of rows, with the variables datasource, namespace, job, model and instance."""
     made = (
         board(uid, title, description)
         .with_variable(boards.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_choice("job", "Job", "parchgrad_workers"))
+        .with_variable(_choice("namespace", "Namespace", "parchgrad_workers"))
+        .with_variable(_choice("job", "Job", 'parchgrad_workers{namespace=~"$namespace"}'))
         .with_variable(_choice("model", "Model", f"parchgrad_model_info{{{JOB}}}"))
         .with_variable(_choice("instance", "Instance", f"parchgrad_workers{{{JOB}}}"))
     )
@@ -311,21 +325,21 @@ def _choice(label: str, title: str, series: str) -> boards.QueryVariable:
     )
 
 
-def mean(histogram: str, matchers: str, *by: str) -> str:
-    """Mean observation of a histogram or summary, per `by`."""
+def mean(histogram: str, matchers: str, *by: str, window: str = INTERVAL) -> str:
+    """Mean observation of a histogram or summary in `window`, per `by`."""
     group = f"sum by ({', '.join(by)})" if by else "sum"
     return (
-        f"{group} (rate({histogram}_sum{{{matchers}}}[$__rate_interval]))"
-        f" / ({group} (rate({histogram}_count{{{matchers}}}[$__rate_interval])) > 0)"
+        f"{group} (rate({histogram}_sum{{{matchers}}}[{window}]))"
+        f" / ({group} (rate({histogram}_count{{{matchers}}}[{window}])) > 0)"
     )
 
 
-def signed_mean(histogram: str, matchers: str, *by: str) -> str:
+def signed_mean(histogram: str, matchers: str, *by: str, window: str = INTERVAL) -> str:
     """As `mean`, of observations that may be negative: their sum falls, which rate() would take for a restart."""
     group = f"sum by ({', '.join(by)})" if by else "sum"
     return (
-        f"{group} (delta({histogram}_sum{{{matchers}}}[$__rate_interval]))"
-        f" / ({group} (delta({histogram}_count{{{matchers}}}[$__rate_interval])) > 0)"
+        f"{group} (delta({histogram}_sum{{{matchers}}}[{window}]))"
+        f" / ({group} (delta({histogram}_count{{{matchers}}}[{window}])) > 0)"
     )
 
 

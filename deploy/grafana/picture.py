@@ -141,10 +141,6 @@ def _number(axes: Axes, panel: Shown, found: Sequence[tuple[str, Series]], start
     shade = colour(panel, values[0]) if values else "grey"
     size = 17 if values else 9
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=size, color=shade, transform=axes.transAxes)
-    for _, one in found[:1]:
-        course = axes.inset_axes((0.0, 0.0, 1.0, 0.3))
-        course.fill_between(_times(one), [value for _, value in one.points], color=shade, alpha=0.25, lw=0)
-        course.axis("off")
 
 
 def _bars(axes: Axes, panel: Shown, found: Sequence[tuple[str, Series]], start: float, end: float) -> None:

@@ -24,6 +24,9 @@ from deploy.grafana.panels import (
 
 UID = "parchgrad-service"
 ANSWERS = f'{MODEL}, kind=~"predict|explain"'
+# Probes of a worker that loads or drains get 503 not_ready, as they should. `rejects` has no route to tell them by.
+REFUSED = f'{MODEL}, code!="ok", route!~"/(livez|readyz|healthz|v2/health/.*)|grpc/Server(Live|Ready)"'
+REASONS = f'{INSTANCE}, reason!="not_ready"'
 ERROR_BUDGET, SLOW_BUDGET = 0.005, 0.01  # as in deploy/prometheus/rules/alerts.yml
 IMAGES_A_SECOND = "img/s"  # Grafana prints a unit it does not know behind the number
 
@@ -53,10 +56,12 @@ NOW = Row(
         ),
         number(
             "Workers ready",
-            "Share of the living workers that take requests; below 1 some load, drain or failed their golden image.",
+            "Share of the workers there are to be that take requests; below 1 some load, drain, died or failed their "
+            "golden image. 0 too where nothing reports.",
             units.PercentUnit,
             Query(
-                f"sum(parchgrad_ready_workers{{{INSTANCE}}}) / sum(parchgrad_workers{{{INSTANCE}}})",
+                f"sum(parchgrad_ready_workers{{{INSTANCE}}}) / sum(parchgrad_configured_workers{{{INSTANCE}}})"
+                " or vector(0)",
                 "ready",
             ),
             limit=Limit(1.0, 0.5, below=True),
@@ -66,7 +71,7 @@ NOW = Row(
             "Images admitted over images that may be, of the fullest instance; at 1 requests get 429.",
             units.PercentUnit,
             Query(f"max(parchgrad_admitted_images{{{INSTANCE}}} / parchgrad_admitted_limit_images)", "full"),
-            limit=Limit(0.5, 0.9),
+            limit=Limit(0.5, 0.8),
         ),
         number(
             "Alerts",
@@ -90,16 +95,21 @@ REQUESTS = Row(
         ),
         over_time(
             "Errors by code",
-            "Requests refused or failed a second, by status and code; 5xx and queue_full are ours, 4xx the callers'.",
+            "Requests refused or failed a second, by status and code, health checks left out; 5xx and queue_full are "
+            "ours, 4xx the callers'.",
             units.RequestsPerSecond,
-            Query(rate("parchgrad_requests_total", f'{MODEL}, code!="ok"', "status", "code"), "{{status}} {{code}}"),
+            Query(
+                f"{rate('parchgrad_requests_total', REFUSED, 'status', 'code')} > 0",  # many are 0 from the beginning
+                "{{status}} {{code}}",
+            ),
             stack=True,
         ),
         over_time(
             "Refused requests and images",
-            "As before, and single images of a request that was otherwise answered; image_* says what callers send.",
+            "As before, and single images of a request that was otherwise answered; image_* says what callers send. "
+            "Without not_ready, which most probes of /readyz get while a worker loads.",
             units.CountsPerSecond,
-            Query(f"{rate('parchgrad_rejects_total', INSTANCE, 'reason')} > 0", "{{reason}}"),
+            Query(f"{rate('parchgrad_rejects_total', REASONS, 'reason')} > 0", "{{reason}}"),
             stack=True,
         ),
         over_time(
@@ -186,7 +196,7 @@ SATURATION = Row(
             "requests refused at 1.",
             units.PercentUnit,
             Query(f"parchgrad_admitted_images{{{INSTANCE}}} / parchgrad_admitted_limit_images", "{{instance}}"),
-            limit=Limit(0.5, 0.9),
+            limit=Limit(0.5, 0.8),
             most=1.0,
         ),
         over_time(
@@ -277,8 +287,9 @@ WORKERS = Row(
     (
         over_time(
             "Workers",
-            "Workers alive and ready; a saw is a crash loop.",
+            "Workers there are to be, alive and ready; a saw is a crash loop, fewer alive are some that never came up.",
             units.Short,
+            Query(f"sum by (instance) (parchgrad_configured_workers{{{INSTANCE}}})", "{{instance}} to be"),
             Query(f"sum by (instance) (parchgrad_workers{{{INSTANCE}}})", "{{instance}} alive"),
             Query(f"sum by (instance) (parchgrad_ready_workers{{{INSTANCE}}})", "{{instance}} ready"),
         ),
@@ -290,9 +301,9 @@ WORKERS = Row(
         ),
         over_time(
             "Readiness changes",
-            "How often the number of ready workers changed in 15 minutes; a restart is two.",
+            "How often an instance went from all workers ready to fewer, or back, in 15 minutes; a restart is two.",
             units.Short,
-            Query(f"changes(parchgrad_ready_workers{{{INSTANCE}}}[15m])", "{{instance}}"),
+            Query(f"parchgrad:readiness:changes15m{{{INSTANCE}}}", "{{instance}}"),
             limit=Limit(2, 4),
         ),
         listing(

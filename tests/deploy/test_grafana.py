@@ -12,8 +12,9 @@ import yaml
 from grafana_foundation_sdk.models import units
 from matplotlib.figure import Figure
 
-from deploy.grafana import picture, queries
+from deploy.grafana import picture, queries, runbook
 from deploy.grafana.write import FOLDER, dashboards, write
+from service.access import HEALTH
 from tests.service.serving import PROJECT_ROOT
 
 WATCHED = ("service", "explanations", "capacity")
@@ -77,12 +78,64 @@ def test_variables_and_links() -> None:
         assert [link["tags"] for link in one["links"]] == [["parchgrad"]]
         if name in WATCHED:
             variables = [variable["name"] for variable in one["templating"]["list"]]
-            assert variables == ["datasource", "job", "model", "instance"]
+            assert variables == ["datasource", "namespace", "job", "model", "instance"]
 
 
 def test_the_runbook_is_in_grafana_as_it_is_in_docs() -> None:
+    """But for its links: there are no pages beside a panel, and its headings have no anchors."""
     text = (PROJECT_ROOT / "docs" / "runbook.md").read_text()
-    assert json.loads((FOLDER / "runbook.json").read_text())["panels"][0]["options"]["content"] == text
+    shown = json.loads((FOLDER / "runbook.json").read_text())["panels"][0]["options"]["content"]
+    assert re.findall(r"\]\((?!https?:)", shown) == []
+    plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", text)
+    assert shown.replace("docs/", "") == plain.replace("docs/", "")
+    assert "(docs/scaling.md)" in shown
+    for page in set(re.findall(r"docs/\w+\.md", shown)):
+        assert (PROJECT_ROOT / page).is_file()
+
+
+def test_links_that_stay_and_links_that_go() -> None:
+    text = "[a b](#a-b), [scaling.md](scaling.md#room), [Grafana](https://grafana.com/docs)"
+    assert runbook.unlinked(text) == "a b, docs/scaling.md, [Grafana](https://grafana.com/docs)"
+
+
+@pytest.mark.parametrize("name", [*WATCHED, "runbook"])
+def test_every_panel_has_options(name: str) -> None:
+    """Older Grafanas read members of `options` without looking whether it is null."""
+    assert [one["title"] for one in board(name)["panels"] if one["type"] != "row" and one["options"] is None] == []
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_numbers_do_not_outlive_their_service(name: str) -> None:
+    """Of a range the last value would stay, in green; where nothing is found the number is grey."""
+    stats = [panel for panel in queries.panels(board(name)) if panel.type == "stat"]
+    assert stats
+    for panel in stats:
+        assert [target.instant for target in panel.targets] == [True], panel.title
+        (mapping,) = panel.definition["fieldConfig"]["defaults"]["mappings"]
+        assert mapping["type"] == "special", panel.title
+        assert mapping["options"]["match"] == "null+nan", panel.title
+        assert mapping["options"]["result"]["color"] == "#808080", panel.title
+
+
+def test_sampled_figures_are_means_of_an_hour_at_least() -> None:
+    """One image in a hundred is watched: in four scrapes mostly none."""
+    sampled = r"parchgrad_(map_gradient_agreement|(class_)?activation_\w+)_(sum|count)\{[^}]*\}\[([^]]+)\]"
+    windows = [
+        found[-1]
+        for panel in queries.panels(board("explanations"))
+        for target in panel.targets
+        for found in re.findall(sampled, target.expr)
+    ]
+    assert set(windows) == {"1h", "6h"}
+
+
+def test_probes_are_not_shown_as_refused_requests() -> None:
+    """/readyz of a worker that loads says 503 not_ready, which nobody suffers from."""
+    panels = {panel.title: panel.targets[0].expr for panel in queries.panels(board("service"))}
+    assert 'reason!="not_ready"' in panels["Refused requests and images"]
+    (routes,) = re.findall(r'route!~"([^"]*)"', panels["Errors by code"])
+    assert all(re.fullmatch(routes, path) for path in HEALTH)
+    assert not any(re.fullmatch(routes, route) for route in ("/predict", "/explain", "grpc/ModelInfer"))
 
 
 def test_provisioning_names_what_is_there() -> None:

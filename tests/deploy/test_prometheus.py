@@ -127,9 +127,107 @@ def test_rules_do_what_their_tests_say(path: Path) -> None:
     promtool("test", "rules", path)
 
 
-def test_every_alert_has_a_test() -> None:
-    tests = "".join(path.read_text() for path in (PROMETHEUS / "tests").glob("*.yml"))
-    assert [rule["alert"] for rule in ALERTS if not re.search(rf"\b{rule['alert']}\b", tests)] == []
+def raw_names(expr: str) -> set[str]:
+    """The service's own metrics behind an expression, through recording rules."""
+    recorded = {rule["record"]: rule["expr"] for rule in EVERY_RULE if "record" in rule}
+    found: set[str] = set()
+    left = names_in(expr)
+    while left:
+        name = left.pop()
+        if name in recorded:
+            left |= names_in(recorded[name])
+        else:
+            found.add(name)
+    return found
+
+
+def meant(expr: str, alert: str) -> bool:
+    """Whether an expression over ALERTS would find the alert, where it fires."""
+    selector = re.search(r"\bALERTS\b(?:\{([^}]*)\})?", expr)
+    if selector is None:
+        return False
+    wanted = re.search(r'\balertname(=~?)"([^"]*)"', selector[1] or "")
+    return wanted is None or (alert == wanted[2] if wanted[1] == "=" else bool(re.fullmatch(wanted[2], alert)))
+
+
+def cases(alert: Mapping[str, str]) -> set[str]:
+    """Of `firing` and `quiet`: what promtool's tests hold of an alert, of those whose series the alert reads."""
+    name, found = alert["alert"], set[str]()
+    for path in (PROMETHEUS / "tests").glob("*.yml"):
+        for test in yaml.safe_load(path.read_text())["tests"]:
+            if not {re.split(r"[{ ]", one["series"])[0] for one in test["input_series"]} & raw_names(alert["expr"]):
+                continue
+            for one in test.get("alert_rule_test", ()):
+                if one["alertname"] == name:
+                    found.add("firing" if one["exp_alerts"] else "quiet")
+            for one in test.get("promql_expr_test", ()):
+                if meant(one["expr"], name):
+                    of_it = [
+                        sample["labels"]
+                        for sample in one["exp_samples"]
+                        if re.search(rf'\balertname="{name}"', sample["labels"])
+                    ]
+                    if not of_it:
+                        found.add("quiet")
+                    found |= {"firing" for labels in of_it if 'alertstate="firing"' in labels}
+    return found
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda rule: rule["alert"])
+def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not(alert: Mapping[str, str]) -> None:
+    assert cases(alert) == {"firing", "quiet"}
+
+
+def test_rules_are_tested_in_the_order_they_depend_on_each_other() -> None:
+    """promtool evaluates groups that a test does not name in an order of its own."""
+    groups = {path: [group["name"] for group in yaml.safe_load(path.read_text())["groups"]] for path in RULES}
+    for path in (PROMETHEUS / "tests").glob("*.yml"):
+        test = yaml.safe_load(path.read_text())
+        files = [(path.parent / name).resolve() for name in test["rule_files"]]
+        if len(files) > 1:
+            assert test["group_eval_order"] == [name for file in files for name in groups[file]], path.name
+
+
+def hours(duration: str) -> float:
+    """Of one range of PromQL: 30m, 6h, 1d."""
+    return int(duration[:-1]) * {"s": 1 / 3600, "m": 1 / 60, "h": 1, "d": 24}[duration[-1]]
+
+
+def test_long_windows_are_not_read_every_few_seconds() -> None:
+    """Nor so seldom that a value counts as gone before the next one (five minutes)."""
+    for path in RULES:
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            ranges = [
+                hours(found)
+                for rule in group["rules"]
+                for found in re.findall(r"\[(\d+[smhd])(?::\w+)?\]", rule["expr"])
+            ]
+            if max(ranges, default=0) > 1:
+                assert 1 / 60 <= hours(group["interval"]) < 5 / 60, group["name"]
+
+
+def test_rules_tell_namespaces_apart() -> None:
+    """On Kubernetes the job is the Service's name, in every namespace."""
+    wrong = {
+        rule.get("record") or rule["alert"]: found
+        for rule in EVERY_RULE
+        if (found := re.findall(r"\b(?:by|on) \((?!namespace\b)(?=\w)[^)]*\)", rule["expr"]))
+    }
+    assert not wrong
+
+
+def test_the_bounds_of_drift_are_those_of_the_documents() -> None:
+    """In the order in which docs/watching.md has them."""
+    text = (PROJECT_ROOT / "docs" / "watching.md").read_text()
+    said = re.search(r"The alerts' bounds are (.*?);.*total variation of ([\d.]+)\.$", text, re.DOTALL | re.MULTILINE)
+    assert said
+    names = (
+        "SparsityDrifts", "BorderDrifts", "AgreementDrifts", "ActivationsSpread", "ActivationsShift", "LayerSpreads",
+        "ConfidenceDrifts", "ClassMixDrifts",
+    )  # fmt: skip
+    bounds = {alert["alert"]: re.findall(r"> ([\d.]+)$", alert["expr"], re.MULTILINE) for alert in ALERTS}
+    documented = [*re.findall(r"[\d.]+", said[1]), said[2]]
+    assert [float(bounds[f"Parchgrad{name}"][0]) for name in names] == [float(bound) for bound in documented]
 
 
 # --- a real server ----------------------------------------------------------------------------------------------

@@ -49,8 +49,11 @@ def program(name: str) -> str:
 
 
 def hastened(rules: str) -> str:
-    """Rules for a test: alerts wait two seconds, and the day before is the minute before."""
+    """Rules for a test: groups run each second, alerts wait two, means take five; the day before is a minute."""
     rules = re.sub(r"^( +for:) \w+$", r"\1 2s", rules, flags=re.MULTILINE)
+    rules = re.sub(r"^( +interval:) \w+$", r"\1 1s", rules, flags=re.MULTILINE)
+    rules = re.sub(r"(avg_over_time\([\w:]+)\[\w+\]", r"\1[5s]", rules)
+    rules = re.sub(r"\[(\w+):\w+\]", r"[\1:1s]", rules)
     return re.sub(r"\[1d\] offset \w+", "[1m] offset 1s", rules)
 
 
