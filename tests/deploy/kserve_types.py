@@ -1,6 +1,6 @@
 """KServe's kinds against the types of its package, strictly; a process of its own, as tests/service/kserve_client.py.
 
-python -m tests.deploy.kserve_types < objects.json > errors.json
+python -m tests.deploy.kserve_types < lines > lines    a line: a list of objects; its answer: a list of errors
 """
 
 import importlib
@@ -10,7 +10,8 @@ import pkgutil
 import re
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tests.service.serving import PROJECT_ROOT
@@ -18,19 +19,28 @@ from tests.service.serving import PROJECT_ROOT
 SCALARS = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 
-def errors(objects: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with InferenceServices and ServingRuntimes: unknown fields, other types, fields left out."""
-    return _errors(json.dumps(objects))
+Check = Callable[[list[dict[str, Any]]], list[str]]
 
 
-@cache
-def _errors(objects: str) -> list[str]:
-    """Importing the package's types takes seconds."""
+@contextmanager
+def checking() -> Iterator[Check]:
+    """What says what is wrong with InferenceServices and ServingRuntimes: unknown fields, other types, fields left out.
+
+    One process for all questions: importing the package's types takes seconds. It ends with the context.
+    """
     command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, input=objects.encode(), capture_output=True, cwd=PROJECT_ROOT)
-    assert done.returncode == 0, done.stderr.decode()
-    found: list[str] = json.loads(done.stdout)
-    return found
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": PROJECT_ROOT}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def check(objects: list[dict[str, Any]]) -> list[str]:
+            process.stdin.write(json.dumps(objects) + "\n")
+            process.stdin.flush()
+            found: list[str] = json.loads(process.stdout.readline())
+            return found
+
+        yield check
 
 
 def _classes() -> dict[str, Any]:
@@ -73,12 +83,14 @@ def _check(value: Any, kind: str, path: str, classes: dict[str, Any]) -> list[st
 
 
 def main() -> None:
-    classes = _classes()
-    found = []
-    for one in json.load(sys.stdin):
-        version = one["apiVersion"].rpartition("/")[2]
-        found += _check(one, f"{version[:1].upper()}{version[1:]}{one['kind']}", one["kind"], classes)
-    json.dump(found, sys.stdout)
+    classes: dict[str, Any] = {}
+    for line in sys.stdin:
+        classes = classes or _classes()
+        found = []
+        for one in json.loads(line):
+            version = one["apiVersion"].rpartition("/")[2]
+            found += _check(one, f"{version[:1].upper()}{version[1:]}{one['kind']}", one["kind"], classes)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """deploy/kubernetes: every variant rendered, held against published schemas, and its objects against each other.
 
-No cluster is asked. Without kubectl nothing can be rendered, and all but a few tests skip.
+No cluster is asked. Without kubectl overlays and components cannot be rendered and their tests skip; `base` and
+`kserve` are then read by a few lines here, which are compared with kubectl where there is one.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from prometheus_client import REGISTRY
 from starlette.routing import Route
 
 from deploy.kubernetes import prometheus_rule
-from service import metrics
+from parchgrad.errors import ModelError
+from service import metrics, versions
 from service.app import BENTOML_ROUTES, create_app
 from service.settings import Settings, SettingsError
 from tests.deploy import kserve_types
@@ -86,27 +90,45 @@ OPERATOR_SPECS = {
 
 @cache
 def _why_no_kubectl() -> str:
-    if not shutil.which("kubectl"):
-        return "kubectl is not installed"
-    told = subprocess.run(["kubectl", "version", "--client", "-o", "json"], capture_output=True, text=True)
-    version = json.loads(told.stdout)["clientVersion"]
-    number = int(version["major"]), int(re.sub(r"\D", "", version["minor"]))
-    return "" if number >= OLDEST_KUBECTL else f"kubectl {number[0]}.{number[1]} is older than 1.27"
+    found = "none"
+    if shutil.which("kubectl"):
+        told = subprocess.run(["kubectl", "version", "--client", "-o", "json"], capture_output=True, text=True)
+        version = json.loads(told.stdout)["clientVersion"]
+        number = int(version["major"]), int(re.sub(r"\D", "", version["minor"]))
+        if number >= OLDEST_KUBECTL:
+            return ""
+        found = f"{number[0]}.{number[1]}"
+    return f"kubectl 1.27 or newer is needed to render Kustomize's overlays, found {found}"
 
 
 @cache
-def _rendered(folder: Path) -> str:
+def _rendered(folder: Path) -> list[Object]:
     if reason := _why_no_kubectl():
         pytest.skip(reason)
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "kustomize warns: " + done.stderr
-    return done.stdout
+    return list(yaml.safe_load_all(done.stdout))
 
 
 def render(folder: Path) -> list[Object]:
-    """The objects that `kubectl apply -k` would send."""
-    return list(yaml.safe_load_all(_rendered(folder)))
+    """The objects that `kubectl apply -k` would send; the caller's own."""
+    return copy.deepcopy(_rendered(folder))
+
+
+def read(folder: Path) -> list[Object]:
+    """Without kubectl: a kustomization of a namespace, resources and a ConfigMap, whose name gets no digest."""
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    known = {"apiVersion", "kind", "namespace", "resources", "configMapGenerator"}
+    assert kustomization.keys() <= known, "that takes kubectl"
+    objects: list[Object] = [yaml.safe_load((folder / name).read_text()) for name in kustomization["resources"]]
+    for made in kustomization.get("configMapGenerator", []):
+        lines = [line for file in made["envs"] for line in (folder / file).read_text().splitlines()]
+        data = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+        objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": made["name"]}, "data": data})
+    for one in objects:
+        one["metadata"]["namespace"] = kustomization["namespace"]
+    return objects
 
 
 def overlay(folder: Path, *components: str, **more: Any) -> Path:
@@ -114,36 +136,61 @@ def overlay(folder: Path, *components: str, **more: Any) -> Path:
     there = os.path.relpath(FOLDER, folder.resolve())
     head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     body = {"resources": [f"{there}/overlays/cpu"], "components": [f"{there}/components/{one}" for one in components]}
+    folder.mkdir(exist_ok=True)
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(head | body | more))
     return folder
 
 
-VARIANTS = [*OVERLAYS, "kserve", "everything", "guarded", "volumes", "autoscaling", "monitoring", "tracing"]
+TOGETHER = {
+    "everything": [
+        "volumes", "autoscaling", "monitoring", "guarded-metrics", "tracing", "kserve-names", "triton-names",
+    ],
+    "guarded": ["monitoring", "guarded-metrics"],
+    "names": ["monitoring", "kserve-names", "triton-names"],
+}  # fmt: skip
+VARIANTS = ["base", "kserve", *OVERLAYS, *TOGETHER, "volumes", "autoscaling", "monitoring", "tracing"]
+Variant = Callable[[str], list[Object]]
 
 
-def variant(name: str, folder: Path) -> list[Object]:
-    """Its objects; `folder` is for kustomizations that are not in the checkout."""
-    if name in OVERLAYS:
-        return render(FOLDER / "overlays" / name)
-    if name == "kserve":
-        return render(FOLDER / "kserve")
-    chosen = {
-        "everything": ["volumes", "autoscaling", "monitoring", "guarded-metrics", "tracing"],
-        "guarded": ["monitoring", "guarded-metrics"],
-    }
-    return render(overlay(folder, *chosen.get(name, [name])))
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    """By name, its objects. Kustomizations that are not in the checkout are written once, and so rendered once."""
+    written = tmp_path_factory.mktemp("variants")
+
+    def made(name: str) -> list[Object]:
+        if name == "base" or (name == "kserve" and _why_no_kubectl()):
+            return read(FOLDER / name)
+        if name == "kserve":
+            return render(FOLDER / name)
+        if name in OVERLAYS:
+            return render(FOLDER / "overlays" / name)
+        return render(overlay(written / name, *TOGETHER.get(name, [name])))
+
+    return made
 
 
 @pytest.fixture(params=VARIANTS)
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> list[Object]:
-    """Each variant: the overlays, KServe, and components alone and together."""
-    return variant(request.param, tmp_path)
+def objects(request: pytest.FixtureRequest, variant: Variant) -> list[Object]:
+    """Each variant: the base, the overlays, KServe, and components alone and together."""
+    return variant(request.param)
 
 
 @pytest.fixture(params=[name for name in VARIANTS if name != "kserve"])
-def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> list[Object]:
+def deployed(request: pytest.FixtureRequest, variant: Variant) -> list[Object]:
     """Variants that have a Deployment; KServe makes its own."""
-    return variant(request.param, tmp_path)
+    return variant(request.param)
+
+
+@pytest.mark.parametrize("name", ["base", "kserve"])
+def test_read_as_kubectl_renders(name: str) -> None:
+    """What stands in for kubectl differs in the ConfigMap's name only."""
+
+    def sorted_by_kind(objects: list[Object]) -> list[Object]:
+        return sorted(objects, key=lambda one: str(one["kind"]))
+
+    rendered = json.dumps(sorted_by_kind(render(FOLDER / name)), sort_keys=True)
+    rendered = re.sub(r'"parchgrad-settings-[a-z0-9]{10}"', '"parchgrad-settings"', rendered)
+    assert rendered == json.dumps(sorted_by_kind(read(FOLDER / name)), sort_keys=True)
 
 
 def of_kind(objects: list[Object], kind: str) -> list[Object]:
@@ -200,7 +247,14 @@ def matches(selector: Object, labels: dict[str, str]) -> bool:
 # Schemas
 
 
-def schema_errors(objects: list[Object], version: str) -> list[str]:
+@pytest.fixture(scope="session")
+def kserve_errors() -> Iterator[kserve_types.Check]:
+    """What is wrong with KServe's kinds; one process, as its types take seconds to import."""
+    with kserve_types.checking() as check:
+        yield check
+
+
+def schema_errors(objects: list[Object], version: str, kserve_errors: kserve_types.Check) -> list[str]:
     """Unknown fields count: the strict schemas know every field there is."""
     found = []
     for one in objects:
@@ -215,12 +269,12 @@ def schema_errors(objects: list[Object], version: str) -> list[str]:
         except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
             found.append(f"{name}: {'.'.join(map(str, error.path))}: {error.message}")
     served = [one for one in objects if one["apiVersion"].startswith("serving.kserve.io/")]
-    return found + (kserve_types.errors(served) if served else [])
+    return found + (kserve_errors(served) if served else [])
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
-def test_schemas(objects: list[Object], version: str) -> None:
-    assert schema_errors(objects, version) == []
+def test_schemas(objects: list[Object], version: str, kserve_errors: kserve_types.Check) -> None:
+    assert schema_errors(objects, version, kserve_errors) == []
 
 
 @pytest.mark.parametrize(
@@ -240,16 +294,28 @@ def test_schemas(objects: list[Object], version: str) -> None:
         ("ServingRuntime", "spec.containers.0", {"image": "parchgrad:cpu"}),
     ],
 )
-def test_schemas_refuse_what_is_wrong(kind: str, path: str, value: Any) -> None:
+def test_schemas_refuse_what_is_wrong(
+    kind: str, path: str, value: Any, variant: Variant, kserve_errors: kserve_types.Check
+) -> None:
     """The checks themselves: one mistake in an object that was right."""
-    folder = FOLDER / "kserve" if kind in ("InferenceService", "ServingRuntime") else FOLDER / "overlays/cpu-production"
-    wrong = copy.deepcopy(the(render(folder), kind))
+    there = {"InferenceService": "kserve", "ServingRuntime": "kserve"}
+    there |= {"Deployment": "base", "NetworkPolicy": "base", "PodDisruptionBudget": "base"}
+    wrong = of_kind(variant(there.get(kind, "cpu-production")), kind)[0]
+    assert schema_errors([wrong], NEWEST, kserve_errors) == []
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     inner: Any = wrong
     for part in parents:
         inner = inner[part]
     inner[last] = value
-    assert len(schema_errors([wrong], NEWEST)) >= 1
+    assert len(schema_errors([wrong], NEWEST, kserve_errors)) >= 1
+
+
+APART = {"namespace.yaml", "persistentvolumeclaim.yaml"}  # applied once, and never with an overlay
+
+
+def claim() -> Object:
+    one: Object = yaml.safe_load((FOLDER / "persistentvolumeclaim.yaml").read_text())
+    return one
 
 
 def test_every_file_is_in_a_variant(tmp_path: Path) -> None:
@@ -259,12 +325,23 @@ def test_every_file_is_in_a_variant(tmp_path: Path) -> None:
         for folder in [*(FOLDER / "overlays").iterdir(), FOLDER / "kserve", overlay(tmp_path, *COMPONENTS[::-1])]
         for one in render(folder)
     }
-    apart = {"kustomization.yaml", "config.yaml", "namespace.yaml"}
-    files = [p for p in FOLDER.rglob("*.yaml") if p.name not in apart]
+    files = [p for p in FOLDER.rglob("*.yaml") if p.name not in APART | {"kustomization.yaml", "config.yaml"}]
     assert len(files) >= 10
     for file in files:
         one = yaml.safe_load(file.read_text())
         assert (one["kind"], one["metadata"]["name"]) in rendered, file
+
+
+def test_what_is_applied_apart(objects: list[Object]) -> None:
+    """`kubectl delete -k` of a variant leaves the keys' namespace and the models."""
+    assert {one["kind"] for one in objects} & {"Namespace", "PersistentVolumeClaim"} == set()
+
+
+def test_the_claim() -> None:
+    kubernetes_validate.validate(claim(), NEWEST, strict=True)
+    namespace = yaml.safe_load((FOLDER / "namespace.yaml").read_text())
+    assert claim()["metadata"]["namespace"] == namespace["metadata"]["name"]
+    assert claim()["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 def test_the_namespace() -> None:
@@ -375,7 +452,7 @@ def test_restricted(objects: list[Object]) -> None:
 )
 def test_restricted_refuses(where: str, name: str, value: Any) -> None:
     """Each rule of the check above can fail."""
-    spec = copy.deepcopy(pod_spec(render(FOLDER / "overlays" / "cpu")))
+    spec = pod_spec(read(FOLDER / "base"))
     one = spec["containers"][0]
     place = {"spec": spec, "pod": spec["securityContext"], "own": one["securityContext"], "container": one}[where]
     place[name] = value
@@ -394,7 +471,7 @@ def test_settings(objects: list[Object]) -> None:
 
 
 def test_settings_refuse_a_spelling_mistake() -> None:
-    given = environment(render(FOLDER / "overlays" / "cpu"))
+    given = environment(read(FOLDER / "base"))
     with pytest.raises(SettingsError, match="did you mean PARCHGRAD_DRAIN_MS"):
         Settings.from_environment(given | {"PARCHGRAD_DRAIN": "1"})
 
@@ -416,8 +493,8 @@ def test_mounts(objects: list[Object]) -> None:
     (item,) = volumes["keys"]["secret"]["items"]
     assert settings(objects).api_keys_file == f"{keys}/{item['path']}"
     claims = [one["persistentVolumeClaim"]["claimName"] for one in volumes.values() if "persistentVolumeClaim" in one]
-    assert claims == [one["metadata"]["name"] for one in of_kind(objects, "PersistentVolumeClaim")]
     if claims:
+        assert claims == [claim()["metadata"]["name"]]
         read = settings(objects)
         for folder in (read.models_dir, read.tables_dir, read.graphs_dir):
             assert str(folder).startswith(mounts["data"]["mountPath"] + "/")
@@ -493,15 +570,33 @@ def test_the_overlay_of_the_page(tmp_path: Path) -> None:
     assert of_kind(objects, "ServiceMonitor")
 
 
+GRAPH_TO_BE_PUT = "0" * 64  # no file's digest: whoever fills the volume puts the graph's
+
+
 def test_digests(objects: list[Object]) -> None:
-    """Those of the volume are the bundled model's."""
+    """Of what lies on the volume all three are held: the bundled model's, and for its graph one that none has."""
     digests = environment(objects).get("PARCHGRAD_DIGESTS")
-    if not of_kind(objects, "PersistentVolumeClaim"):
+    if not any("persistentVolumeClaim" in one for one in pod_spec(objects)["volumes"]):
         assert digests is None
         return
     model = yaml.safe_load((PROJECT_ROOT / "models/scenes/1/model.yaml").read_text())
     table = json.loads((PROJECT_ROOT / "selection_tables/scenes/1/manifest.json").read_text())
-    assert digests == f"scenes/1:{model['weights']['sha256']}:{table['table_sha256']}"
+    assert settings(objects).digests_of("scenes", "1") == {
+        "weights": model["weights"]["sha256"], "table": table["table_sha256"], "graph": GRAPH_TO_BE_PUT
+    }  # fmt: skip
+
+
+def test_a_graph_without_its_digest_is_refused(tmp_path: Path) -> None:
+    """The volume's settings as they are here, and any graph: it is not loaded, and the reason has the digest found."""
+    file = tmp_path / "scenes" / "1" / "model.onnx"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a graph that nobody has approved")
+    lines = (FOLDER / "components" / "volumes" / "settings.env").read_text().splitlines()
+    given = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    read = Settings.from_environment(given | {"PARCHGRAD_GRAPHS_DIR": str(tmp_path), "PARCHGRAD_MODELS_DIR": "none"})
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    with pytest.raises(ModelError, match=f"graph of SHA-256 {GRAPH_TO_BE_PUT}.*found {found}"):
+        versions.load(read, "scenes", "1")
 
 
 # Objects against each other
@@ -580,10 +675,51 @@ def test_network_policy(deployed: list[Object]) -> None:
         assert {p["port"] for p in rule["ports"]} <= {one["name"] for one in container(deployed)["ports"]}
 
 
+def kserve_labels(variant: Variant) -> dict[str, str]:
+    """Of KServe's pods and Services: the InferenceService's, and those that the runtime and the predictor add."""
+    objects = variant("kserve")
+    served, runtime = the(objects, "InferenceService"), the(objects, "ServingRuntime")
+    given: dict[str, str] = runtime["spec"].get("labels", {}) | served["metadata"]["labels"]
+    return given | served["spec"]["predictor"].get("labels", {})
+
+
+def test_kserve_pods_are_none_of_ours(deployed: list[Object], variant: Variant) -> None:
+    """In one namespace: no selector of a Deployment's variant chooses what KServe runs."""
+    labels = kserve_labels(variant)
+    assert labels
+    selectors = [the(deployed, kind)["spec"]["selector"] for kind in ("Deployment", "PodDisruptionBudget")]
+    selectors += [{"matchLabels": the(deployed, "Service")["spec"]["selector"]}]
+    selectors += [one["spec"]["podSelector"] for one in of_kind(deployed, "NetworkPolicy")]
+    selectors += [one["labelSelector"] for one in pod_spec(deployed)["topologySpreadConstraints"]]
+    selectors += [one["spec"]["selector"] for one in of_kind(deployed, "ServiceMonitor")]
+    assert len(selectors) >= 6
+    for one in selectors:
+        assert not matches(one, labels), one
+
+
+def test_kserve_network_policy(variant: Variant) -> None:
+    """Its own policy chooses its pods, not ours, and lets in callers and Prometheus at KServe's port."""
+    objects = variant("kserve")
+    policy = the(objects, "NetworkPolicy")
+    assert matches(policy["spec"]["podSelector"], kserve_labels(variant))
+    ours = the(variant("base"), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert not matches(policy["spec"]["podSelector"], ours)
+    (port,) = [one["name"] for one in container(objects)["ports"]]
+    here, caller = {"kubernetes.io/metadata.name": "parchgrad"}, {"parchgrad/caller": "true"}
+    monitoring, prometheus = {"kubernetes.io/metadata.name": "monitoring"}, {"app.kubernetes.io/name": "prometheus"}
+    assert admits(policy, here, caller, port, same=True)
+    assert admits(policy, caller, {}, port, same=False)
+    assert admits(policy, monitoring, prometheus, port, same=False)
+    assert not admits(policy, here, {}, port, same=True)
+    assert not admits(policy, {}, caller, port, same=False)
+    assert policy["spec"]["egress"] == [], "a claim is mounted without a call"
+    assert the(objects, "InferenceService")["spec"]["predictor"]["model"]["storageUri"].startswith("pvc://")
+
+
 @pytest.mark.parametrize("name", ["cpu-production", "gpu-production", "monitoring", "guarded", "everything"])
-def test_service_monitor(name: str, tmp_path: Path) -> None:
+def test_service_monitor(name: str, variant: Variant) -> None:
     """Chooses the Service and a port of it, sends a key where one is asked for, and is the job that the rules know."""
-    deployed = variant(name, tmp_path)
+    deployed = variant(name)
     monitor, service = the(deployed, "ServiceMonitor"), the(deployed, "Service")
     assert matches(monitor["spec"]["selector"], service["metadata"]["labels"])
     (endpoint,) = monitor["spec"]["endpoints"]
@@ -703,13 +839,13 @@ def test_adapter_queries_say_what_they_mean(tmp_path: Path) -> None:
 # Alerts and KServe
 
 
-def test_the_rule_is_made_of_the_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("component", sorted(prometheus_rule.FILES))
+def test_the_rule_is_made_of_the_files(component: str, tmp_path: Path) -> None:
     """What Prometheus reads from deploy/prometheus/rules, and nothing else; `promtool` takes it too."""
-    assert prometheus_rule.WRITTEN.read_text() == prometheus_rule.manifest(), (
-        "python -m deploy.kubernetes.prometheus_rule"
-    )
-    groups = yaml.safe_load(prometheus_rule.manifest())["spec"]
-    files = sorted((PROJECT_ROOT / "deploy/prometheus/rules").glob("*.yml"))
+    written = prometheus_rule.written(component).read_text()
+    assert written == prometheus_rule.manifest(component), "python -m deploy.kubernetes.prometheus_rule"
+    groups = yaml.safe_load(written)["spec"]
+    files = [PROJECT_ROOT / "deploy/prometheus/rules" / name for name in prometheus_rule.FILES[component]]
     assert groups["groups"] == [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
     if shutil.which("promtool"):
         (tmp_path / "rules.yml").write_text(yaml.safe_dump(groups))
@@ -719,9 +855,60 @@ def test_the_rule_is_made_of_the_files(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kserve() -> None:
+def test_names_of_other_servers_are_asked_for(objects: list[Object]) -> None:
+    """Every file of rules is in one component; without theirs no series has a name that is not ours."""
+    files = {p.name for p in (PROJECT_ROOT / "deploy/prometheus/rules").glob("*.yml")}
+    assert sorted(name for names in prometheus_rule.FILES.values() for name in names) == sorted(files)
+    rules = {one["metadata"]["name"]: one["spec"]["groups"] for one in of_kind(objects, "PrometheusRule")}
+    assert ("parchgrad-kserve-names" in rules) == ("parchgrad-triton-names" in rules)
+    ours = [groups for name, groups in rules.items() if not name.endswith("-names")]
+    recorded = [rule["record"] for groups in ours for one in groups for rule in one["rules"] if "record" in rule]
+    assert all(name.startswith("parchgrad:") for name in recorded)
+
+
+def test_the_pods_memory(tmp_path: Path) -> None:
+    """/tmp is the container's memory, which the service's own figure has not: what the kernel counts is watched."""
+    if not shutil.which("promtool"):
+        pytest.skip("promtool (Debian's package prometheus) is not installed")
+    one = yaml.safe_load((FOLDER / "components/monitoring/podrule.yaml").read_text())
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(one["spec"]))
+    limit, labels = 3 * 2**30, 'namespace="parchgrad",pod="{}",container="{}"'
+    given = [
+        ("container_memory_working_set_bytes", "full", "parchgrad", 0.95 * limit),
+        ("container_memory_working_set_bytes", "half", "parchgrad", 0.5 * limit),
+        ("container_memory_working_set_bytes", "other", "database", limit),
+    ]
+    series = [(f"{name}{{{labels.format(pod, of)}}}", f"{value:.0f}x20") for name, pod, of, value in given]
+    series += [
+        (f'kube_pod_container_resource_limits{{resource="{what}",{labels.format(pod, "parchgrad")}}}', f"{value}x20")
+        for pod in ("full", "half")
+        for what, value in (("memory", limit), ("cpu", 2))
+    ]
+    fired: Object = {"exp_labels": {"severity": "ticket", "namespace": "parchgrad", "pod": "full"}}
+    fired["exp_annotations"] = {
+        "summary": "full uses nearly all memory of its container.",
+        "description": "95% of the limit, with the uploads in /tmp.",
+        "runbook_url": "docs/runbook.md#memory",
+    }
+    expected: list[tuple[str, list[Object]]] = [("4m", []), ("6m", [fired])]
+    alerts = [
+        {"eval_time": when, "alertname": "ParchgradPodMemoryNearLimit", "exp_alerts": some} for when, some in expected
+    ]
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series],
+        "alert_rule_test": alerts,
+    }
+    file = tmp_path / "test.yml"
+    file.write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [test]}))
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "## Memory" in (PROJECT_ROOT / "docs/runbook.md").read_text()
+
+
+def test_kserve(variant: Variant) -> None:
     """The predictor asks for this runtime in words that the runtime says of itself; names are the model's."""
-    objects = render(FOLDER / "kserve")
+    objects = variant("kserve")
     served, runtime = the(objects, "InferenceService"), the(objects, "ServingRuntime")
     predictor = served["spec"]["predictor"]
     model = predictor["model"]
@@ -736,8 +923,7 @@ def test_kserve() -> None:
     assert (PROJECT_ROOT / "models" / settings(objects).model).is_dir()
     assert str(settings(objects).graphs_dir) == "/mnt/models"
     scheme, _, place = model["storageUri"].partition("://")
-    claims = of_kind(render(FOLDER / "overlays" / "cpu-production"), "PersistentVolumeClaim")
-    assert (scheme, place.partition("/")[0]) == ("pvc", claims[0]["metadata"]["name"])
+    assert (scheme, place.partition("/")[0]) == ("pvc", claim()["metadata"]["name"])
     assert predictor["timeout"] * 1000 > settings(objects).max_timeout_ms
     routes = {r.path for r in create_app().routes if isinstance(r, Route)}
     assert {"/v2/models/{name}/infer", "/v1/models/{name}:predict", "/v1/models/{name}:explain"} <= routes
@@ -761,11 +947,56 @@ def test_the_page_adds_up() -> None:
     section = page().split("## Stopping")[1].split("\n## ")[0]
     *parts, whole = [int(found) for found in re.findall(r"^\| [^|]+ \| (\d+) \|", section, re.M)]
     assert sum(parts) == whole
-    assert whole == pod_spec(render(FOLDER / "overlays" / "cpu"))["terminationGracePeriodSeconds"]
+    assert whole == pod_spec(read(FOLDER / "base"))["terminationGracePeriodSeconds"]
+
+
+def scalers() -> dict[str, Object]:
+    """The autoscaler of each production overlay, of the files: the GPU's patch has all three metrics."""
+    files = {"cpu-production": "components/autoscaling", "gpu-production": "overlays/gpu-production"}
+    return {
+        name: yaml.safe_load((FOLDER / folder / "horizontalpodautoscaler.yaml").read_text())
+        for name, folder in files.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["cpu-production", "gpu-production"])
+def test_the_scalers_files_are_what_is_rendered(name: str) -> None:
+    assert targets(scalers()[name]) == targets(the(render(FOLDER / "overlays" / name), "HorizontalPodAutoscaler"))
 
 
 def test_the_page_has_the_targets() -> None:
     rows = re.findall(r"^\| `(parchgrad_\w+)` \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", page(), re.M)
-    for column, name in enumerate(["cpu-production", "gpu-production"], start=1):
-        told = {row[0]: float(row[column]) for row in rows}
-        assert told == targets(the(render(FOLDER / "overlays" / name), "HorizontalPodAutoscaler"))
+    for column, scaler in enumerate(scalers().values(), start=1):
+        assert {row[0]: float(row[column]) for row in rows} == targets(scaler)
+
+
+def test_targets_are_the_worked_examples() -> None:
+    """docs/scaling.md, which prints what benchmarks.replicas does: the averages at the load it aims at."""
+    text = (PROJECT_ROOT / "docs" / "scaling.md").read_text()
+    told = {
+        name.removesuffix(" a pod"): float(value)
+        for name, value in re.findall(r"^\| autoscaler: ([\w ]+) \| ([\d.]+) \|$", text, re.M)
+    }
+    aims = targets(scalers()["cpu-production"])
+    aims["device busy"] = aims.pop("parchgrad_device_busy_ratio")
+    assert aims == pytest.approx(told)
+
+
+def test_the_page_tells_the_gpus_driver() -> None:
+    """Whose CUDA torch was built with, as far as this machine's torch has one."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pin = re.search(r"^torch==([\d.]+)", (PROJECT_ROOT / "requirements.lock").read_text(), re.M)
+    assert pin is not None
+    assert f"`torch=={pin[1]}`" in page()
+    if torch.version.cuda is not None and torch.__version__.split("+")[0] == pin[1]:
+        assert f"`torch.version.cuda` is {torch.version.cuda}" in page()
+
+
+def test_the_pages_overlay_for_ones_own_model() -> None:
+    """Weights, table and graph, as the setting takes them."""
+    (text,) = re.findall(r"literals: \[(PARCHGRAD_DIGESTS=[^\]]+)\]", page())
+    name, _, pattern = text.partition("=")
+    value = re.sub(r"\b(WEIGHTS|TABLE|GRAPH)\b", "a" * 64, pattern).replace("NAME/VERSION", "scenes/1")
+    held = Settings.from_environment({name: value}).digests_of("scenes", "1")
+    assert held is not None
+    assert held.keys() == {"weights", "table", "graph"}
