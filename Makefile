@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help install demo serve test bench soak fuzz lint model figures lock container container-test secrets dashboards clean
 
 help:  ## list the targets
