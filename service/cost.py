@@ -12,16 +12,17 @@ class Mean:
     """Seconds an image, each image of a batch weighing `DECAY` times one of the next batch."""
 
     def __init__(self) -> None:
-        self._seconds = self._images = 0.0
+        self._sums = 0.0, 0.0  # seconds and images: one object, as another thread reads it
 
     def add(self, seconds: float, images: int) -> None:
-        self._seconds = DECAY * self._seconds + seconds
-        self._images = DECAY * self._images + images
+        before = self._sums
+        self._sums = DECAY * before[0] + seconds, DECAY * before[1] + images
 
     @property
     def value(self) -> float | None:
         """None before the first batch, and where the clock saw no time pass."""
-        return self._seconds / self._images if self._seconds else None
+        seconds, images = self._sums
+        return seconds / images if seconds else None
 
 
 class Cost:

@@ -21,9 +21,14 @@ _ROOT = Path("/")
 
 async def watch(devices: Callable[[], Iterable[str]]) -> None:
     """Keep the gauges fresh; `devices`: where torch runs models now, `cpu` or `cuda:N`, asked on the event loop."""
+    before: set[str] = set()
     while True:
         try:
-            await asyncio.to_thread(refresh, set(devices()))
+            now = set(devices())
+            await asyncio.to_thread(refresh, now)
+            for device in before - now - {CPU}:
+                metrics.device_memory_used.labels(device).set(0)  # its last model is gone
+            before = now
         except Exception:  # whatever a driver raises: the next look may find it better
             log.exception("The memory of the devices cannot be read.")
         await asyncio.sleep(EVERY_SECONDS)
@@ -77,6 +82,6 @@ def _of_card(device: str) -> tuple[int, int]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:  # there is none, or it is not for us
         return ""

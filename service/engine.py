@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from parchgrad.options import Options
     from parchgrad.preprocessing import Preprocessing
 
+T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 Wanted = Callable[[], list[bool]]
 
@@ -155,7 +156,10 @@ class Engine(Protocol):
         """Why `drift` cannot be asked; None where it can."""
 
     def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
-        """By layer, how far an image `(3, h, w)` is from the table's in the channels of a class that has a row."""
+        """By layer, how far an image `(3, h, w)` is from the table's in the channels of a class that has a row.
+
+        Raises DeviceMemoryError.
+        """
 
     def self_test(self) -> None:
         """Explain the golden image and compare. Raises parchgrad.errors.GoldenError."""
@@ -234,14 +238,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def attempted(
     run: Callable[[], list[Result | None]], images: int, give_back: Callable[[], None]
 ) -> list[Result | None]:
-    """What `run` gives for so many images; None for each where nobody wants any of them.
-
-    Raises DeviceMemoryError where there was no memory for them, after `give_back`.
-    """
+    """What `run` gives for so many images; None for each where nobody wants any of them. Raises DeviceMemoryError."""
     try:
-        return run()
+        return within_memory(run, images, give_back)
     except AbandonedError:
         return [None] * images
+
+
+def within_memory(run: Callable[[], T], images: int, give_back: Callable[[], None]) -> T:
+    """What `run` gives for so many images. Raises DeviceMemoryError where there was no memory, after `give_back`."""
+    try:
+        return run()
     except Exception as error:  # the runtimes' own have no class in common but this
         if not is_out_of_memory(error):
             raise

@@ -37,9 +37,7 @@ class RequestFilter(logging.Filter):
     """Puts the request's id and its trace's on every record of a handler; it takes none away."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        ident = request_id.get()
-        record.request_id = ident
-        record.request_note = f" (request={ident})" if ident and ident not in record.getMessage() else ""
+        record.request_id = request_id.get()
         span = trace.get_current_span().get_span_context()
         record.trace_id = format(span.trace_id, "032x") if span.trace_flags.sampled else ""
         return True
@@ -52,6 +50,9 @@ class TextLines(logging.Formatter):
         super().__init__(TEXT, bentoml_log.DATE_FORMAT)
 
     def format(self, record: logging.LogRecord) -> str:
+        # Here and not in the filter: what a wrong log call raises is caught where lines are formed, and only there.
+        ident = getattr(record, "request_id", "")
+        record.request_note = f" (request={ident})" if ident and ident not in record.getMessage() else ""
         return super().format(record).translate(_ESCAPED).replace("\n", "\n    ")
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -104,6 +104,9 @@ explain_cost_ratio = Gauge(
 # --- workers --------------------------------------------------------------------------------------------------
 
 workers = Gauge("parchgrad_workers", "Workers alive.", multiprocess_mode="livesum")
+configured_workers = Gauge(
+    "parchgrad_configured_workers", "Workers that there are to be: PARCHGRAD_WORKERS.", multiprocess_mode="livemax"
+)
 ready = Gauge("parchgrad_ready_workers", "Workers whose golden image matched.", multiprocess_mode="livesum")
 model_info = Gauge(
     "parchgrad_model_info",
@@ -134,7 +137,9 @@ _SHARES = (
     0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95,
     0.97, 0.99, 1.0,
 )  # fmt: skip
-_DEVIATIONS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
+# Few, as there is one of each for every layer of every model: what changes is seen in the mean, where in these.
+_DISTANCES = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0)
+_SHIFTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 _OF_MAP = [*M, "options"]  # `default`: the map was made under the table's own options, `other`: under the caller's
 
 map_gini = Histogram(
@@ -158,7 +163,7 @@ map_identity_share = Histogram(
     _OF_MAP,
     buckets=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
 )
-# The next and the shift may be negative: their sums may fall, which Prometheus takes for a restart. Ask for quantiles.
+# The next and the shift may be negative: their sums may fall, which rate() takes for a restart: delta().
 map_gradient_agreement = Histogram(
     "parchgrad_map_gradient_agreement",
     "Rank correlation of a map under the table's own options with the plain gradient's; of images looked at.",
@@ -169,17 +174,14 @@ activation_distance = Histogram(
     "parchgrad_activation_distance",
     "Root mean square of z = (feature - the table's mean) / its deviation over a class's channels, by layer.",
     [*M, "layer"],
-    buckets=_DEVIATIONS,
+    buckets=_DISTANCES,
 )
 activation_shift = Histogram(
     "parchgrad_activation_shift",
     "Mean of the same z, with its sign.",
     [*M, "layer"],
-    buckets=(
-        -16.0, -8.0, -4.0, -2.0, -1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0, 8.0,
-        16.0,
-    ),
-)  # fmt: skip
+    buckets=_SHIFTS,
+)
 class_activation_distance = Summary(
     "parchgrad_class_activation_distance",
     "Mean activation distance over the layers, by class: those often predicted, and the others together.",
@@ -273,6 +275,26 @@ def rendered(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> 
     return result
 
 
+# The routes that answer images, and what counts against the service there: else the first errors of a new worker, all
+# within one scrape, are the first value of a new series, and no rate ever sees them.
+_INFERENCE: tuple[tuple[str, Kind], ...] = (
+    ("/predict", "predict"),
+    ("/explain", "explain"),
+    ("/v1/models/{name}:predict", "predict"),
+    ("/v1/models/{name}:explain", "explain"),
+    *(
+        (route, kind)
+        for route in (
+            "/v2/models/{name}/infer",
+            "/v2/models/{name}/versions/{version}/infer",
+            "grpc/ModelInfer",
+        )
+        for kind in get_args(Kind)[:2]
+    ),
+)
+_BUDGETED = ("ok", "queue_full", *(code for code, status in STATUS.items() if status >= 500))
+
+
 class Lane:
     """The metrics of one kind of images of one version, from the queue to the device. They all begin with 0."""
 
@@ -291,10 +313,11 @@ class Lane:
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-def begin_worker(max_queue: int) -> None:
-    """Called once in every worker: what it counts from the start, and the reasons that have not been met yet."""
+def begin_worker(max_queue: int, of: int) -> None:
+    """Called once in every one `of` the workers: what it counts from the start, and the reasons not met yet."""
     forget_dead_workers()
     workers.set(1)
+    configured_workers.set(of)
     admitted_limit.set(max_queue)
     for code in STATUS:
         rejects.labels(code)  # a rate begins with the first one only where there was a 0 before it
@@ -306,6 +329,9 @@ def begin_version(model: str, version: str) -> None:
         Lane(model, version, kind)
     for status in ("skipped", "shed", "timeout"):
         maps_missing.labels(model, version, status)
+    for route, kind in _INFERENCE:
+        for code in _BUDGETED:
+            requests.labels(route, model, version, kind, str(STATUS.get(code, 200)), code)
     for result in ("done", "skipped", "failed"):
         watched.labels(model, version, result)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parchgrad.errors import ModelError
 from service import memory
-from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns
+from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns, within_memory
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -22,20 +22,29 @@ class OnnxEngine:
 
     platform = "onnxruntime_onnx"
 
-    def __init__(self, settings: Settings, name: str, version: str) -> None:
-        """Raises SettingsError where ONNX Runtime has no such device."""
+    def __init__(
+        self, settings: Settings, name: str, version: str, check: Callable[[bytes], None] | None = None
+    ) -> None:
+        """`check` the file's content, before anything is made of it. Raises what `check` raises, and SettingsError
+        where ONNX Runtime has no such device."""
         from parchgrad.runtimes.onnx_runtime import OnnxExplainer
 
         path = settings.graph(name, version)
         if not path.is_file():
             raise ModelError(f"There is no graph '{path}'; 'parchgrad export {name} --format triton' writes one.")
         providers = _providers(settings.device)
-        self.explainer = OnnxExplainer(path, threads=settings.threads or None, providers=providers)
+        content = path.read_bytes()  # once: what is made of it later is of what was checked, whatever lies there then
+        if check is not None:
+            check(content)
+        self.explainer = OnnxExplainer(path, threads=settings.threads or None, providers=providers, content=content)
+        del content
+        memory.give_back()  # what opening took: else the next opening has it beside its own
         self.model, self.table = self.explainer.model, self.explainer.table
         held = f"{self.model.name}/{self.model.version}"
         if held != f"{name}/{version}":
             raise ModelError(f"Graph '{path}' holds model '{held}', expected '{name}/{version}'.")
-        # What predicts alone is made when it is first asked: now, and not while a request waits.
+        # What predicts alone, and what is watched, is made when it is first asked: now, and not while a request waits.
+        self.explainer.prepare(drift=settings.watch_rate > 0, after_each=memory.give_back)
         self.explainer.predict(np.zeros((1, 3, *self.model.preprocessing.size), np.float32))
         self._room = Room(settings.max_batch, settings.batch_pixels)
 
@@ -75,7 +84,8 @@ class OnnxEngine:
         return self.explainer.no_drift
 
     def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
-        return self.explainer.drift(tensor[None], [target])[0]
+        (drift,) = within_memory(lambda: self.explainer.drift(tensor[None], [target]), 1, memory.give_back)
+        return drift
 
     def self_test(self) -> None:
         self.explainer.self_test()

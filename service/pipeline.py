@@ -244,7 +244,7 @@ class Pipeline:
             for outcome in outcomes:
                 if isinstance(outcome, Outcome) and outcome.missing:
                     metrics.maps_missing.labels(served.name, served.version, outcome.missing.status).inc()
-            await self._explanations.saw(served, [one for one in outcomes if isinstance(one, Outcome)])
+            self._explanations.saw(served, [one for one in outcomes if isinstance(one, Outcome)])
             await self._audit.record(origin, served, outcomes)  # admitted still: a slow log must not let more in
         finally:
             self._admitted -= jobs

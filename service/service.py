@@ -57,7 +57,7 @@ class ParchGradService:
 
     def __init__(self) -> None:
         memory.share_one_arena()
-        metrics.begin_worker(SETTINGS.max_queue)
+        metrics.begin_worker(SETTINGS.max_queue, SETTINGS.workers)
         self.pipeline = Pipeline(SETTINGS)
         APP.state.pipeline = self.pipeline
         self.grpc = GrpcServer(self.pipeline, ACCESS)

@@ -111,7 +111,9 @@ class Settings:
     )
     log_format: str = _matching("text", "text|json", "text or json", "lines of the log; json: an object each")
     watch_rate: float = _within(0.01, 0.0, 1.0, "share of the images looked at once answered; 0: none")
-    watch_classes: int = _within(10, 0, 1000, "classes of a model that metrics tell apart; the rest are 'other'")
+    watch_classes: int = _within(
+        10, 0, 1000, "classes of a version that metrics tell apart, the same in all workers; the rest are 'other'"
+    )
     grpc_port: int = _within(0, 0, 65535, "port of the Open Inference Protocol over gRPC; 0: it is off")
 
     def __post_init__(self) -> None:

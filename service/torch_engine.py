@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from parchgrad.errors import ModelError, TableError
 from service import memory
-from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns
+from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns, within_memory
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class TorchEngine:
     def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
         import torch
 
-        return self.explainer.drift(torch.from_numpy(tensor)[None], [target])[0]
+        image = torch.from_numpy(tensor)[None]
+        (drift,) = within_memory(lambda: self.explainer.drift(image, [target]), 1, _release_cached_memory)
+        return drift
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from opentelemetry import context as current
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from parchgrad import __version__
 from service import metrics
@@ -89,6 +90,8 @@ def endpoint(url: str) -> str:
 def _begin(provider: Any) -> None:
     global _tracer, _provider
     trace.set_tracer_provider(provider)
+    # Of what callers send only `traceparent` is read: each entry of a bad `baggage` would be a warning in the log.
+    propagate.set_global_textmap(TraceContextTextMapPropagator())
     _tracer, _provider = trace.get_tracer("parchgrad", __version__), provider
 
 

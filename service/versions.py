@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,27 +85,40 @@ def load(settings: Settings, name: str, version: str) -> Engine:
         return torch_engine
     from service.onnx_engine import OnnxEngine
 
-    _check_graph(settings, name, version)
-    engine = OnnxEngine(settings, name, version)
+    engine = OnnxEngine(settings, name, version, partial(_check_graph, settings, name, version))
     _check_digests(settings, engine, name, version)
     if settings.runtime == "auto":
         _check_same(settings, engine, name, version)
     return engine
 
 
-def _check_graph(settings: Settings, name: str, version: str) -> None:
-    """Raises ModelError where the graph's file is another than the settings have it. Before anything reads it."""
-    wanted = (settings.digests_of(name, version) or {}).get("graph")
-    if wanted is None:
+def _check_graph(settings: Settings, name: str, version: str, content: bytes) -> None:
+    """Raises ModelError where a graph's file is another than the settings have it, or they do not say which it is.
+
+    `content` is the file's. A graph only says what weights and table it was made of, so that their digests do not do.
+    """
+    if not settings.digests:
         return
-    path = settings.graph(name, version)
-    digest = hashlib.sha256()
-    for file in (path, path.with_name(f"{path.name}.data")):  # the second where it was exported with --external-data
-        if file.is_file():
-            with file.open("rb") as content:
-                while chunk := content.read(2**20):
-                    digest.update(chunk)
-    _compare("graph", name, version, wanted, digest.hexdigest())
+    path, digests = settings.graph(name, version), _digests_of(settings, name, version)
+    if "graph" not in digests:
+        raise ModelError(
+            f"Model '{name}': version {version} would run the graph '{path}', whose digest {PREFIX}DIGESTS does not "
+            "name; expected NAME/VERSION:WEIGHTS_SHA256:TABLE_SHA256:GRAPH_SHA256 for it."
+        )
+    beside = path.with_name(f"{path.name}.data")  # where it was exported with --external-data
+    digest = hashlib.sha256(content)
+    if beside.is_file():
+        with beside.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    _compare("graph", name, version, digests["graph"], digest.hexdigest())
+    from parchgrad.runtimes.onnx_runtime import weights_outside
+
+    if elsewhere := weights_outside(content) - {beside.name}:
+        raise ModelError(
+            f"Graph '{path}' has weights in {', '.join(sorted(map(repr, elsewhere)))}; with {PREFIX}DIGESTS they are "
+            f"expected in it or in '{beside.name}', which its digest covers."
+        )
 
 
 def _check_digests(settings: Settings, engine: Engine, name: str, version: str) -> None:
@@ -114,12 +128,18 @@ def _check_digests(settings: Settings, engine: Engine, name: str, version: str) 
     """
     if not settings.digests:
         return
-    wanted = settings.digests_of(name, version)
-    if wanted is None:
-        raise ModelError(f"Model '{name}': version {version} is expected in {PREFIX}DIGESTS, found no entry for it.")
+    wanted = _digests_of(settings, name, version)
     found = {"weights": engine.model.weights_sha256, "table": engine.table.table_sha256}
     for what in sorted(wanted.keys() & found.keys()):
         _compare(what, name, version, wanted[what], found[what])
+
+
+def _digests_of(settings: Settings, name: str, version: str) -> dict[str, str]:
+    """Raises ModelError where the settings have no entry for the version."""
+    digests = settings.digests_of(name, version)
+    if digests is None:
+        raise ModelError(f"Model '{name}': version {version} is expected in {PREFIX}DIGESTS, found no entry for it.")
+    return digests
 
 
 def _compare(what: str, name: str, version: str, wanted: str, found: str) -> None:

@@ -1,8 +1,9 @@
 """What is watched of predictions and explanations while they are answered; docs/watching.md says what it means.
 
-Of every image the class and confidence, of every map made with the rule its figures. Of a few images, drawn by lot and
-looked at after their answer where no other image waits: how far the map agrees with the plain gradient's, and how far
-the class's channels are from where the table's images had them. An answer is never changed by it, nor fails with it.
+Of every image the class and confidence; of every map made with the rule its figures, once it is answered. Of a few
+images, drawn by lot and looked at after their answer where no other image waits: how far the map agrees with the plain
+gradient's, and how far the class's channels are from where the table's images had them. An answer is never changed by
+it, nor fails with it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextvars
 import logging
 import math
 import random
-from collections import Counter
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from parchgrad.evaluation.maps import agreement
 from parchgrad.patterns import match
 from parchgrad.render import REDUCTION_OF_POLARITY
 from service import metrics
-from service.engine import PREDICTED, Explained, Job, Result
+from service.class_labels import ClassLabels
+from service.engine import PREDICTED, Array, DeviceMemoryError, Explained, Job, Result, is_out_of_memory
 from service.repository import Served
 
 if TYPE_CHECKING:
@@ -35,35 +37,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SEEN = 10  # times a class is predicted before it has a label of its own
-OTHER = "other"
 REST = 0.05  # seconds: the answer is written and sent before its image is looked at
+MOST_PIXELS = 4_000_000  # of maps whose figures are not computed yet
+NO_MEMORY_REST = 60.0  # seconds that a version is not looked at once there was no memory for it
 FARTHEST = 100.0  # deviations: what lies beyond counts as this, or one absurd tensor would decide every mean
 DEFAULT_REDUCTION = "mean_abs"
-
-
-class ClassLabels:
-    """The label of each class of one model, a closed set: the first `most` classes seen often, and `other`."""
-
-    def __init__(self, labels: Sequence[str], most: int) -> None:
-        self._labels, self._most = labels, most
-        self._times = Counter((*labels, OTHER))
-        self._seen: Counter[int] = Counter()
-        self._named: dict[int, str] = {}
-
-    def seen(self, index: int) -> str:
-        """The class's label, which it may get by being seen this time."""
-        if index not in self._named and len(self._named) < self._most:
-            self._seen[index] += 1
-            if self._seen[index] >= SEEN:
-                name = self._labels[index]
-                # Two classes of one name are two, and a class named `other` is not the others.
-                self._named[index] = name if self._times[name] == 1 else f"{name} ({index})"
-        return self.of(index)
-
-    def of(self, index: int) -> str:
-        """The class's label as it is now."""
-        return self._named.get(index, OTHER)
 
 
 @dataclass(frozen=True)
@@ -74,7 +52,27 @@ class _Version:
     default_layers: int  # that the rule acts in under them
     plain: Options  # the plain gradient
     rows: frozenset[int]  # classes that the table has a row for
+    layer_names: tuple[str, ...]
     labels: ClassLabels
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A map that was answered, and what its figures are observed under."""
+
+    of: tuple[str, str, str]  # model, version, options
+    result: Result
+    layers: int  # that the rule was to act in
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image that was drawn: no more of it than is looked at."""
+
+    tensor: Array
+    saliency: Array | None  # only of a map under the table's own options
+    asked: int  # class explained, or PREDICTED
+    target: int  # class explained, or predicted
 
 
 class Watch:
@@ -87,17 +85,18 @@ class Watch:
         self._versions: WeakKeyDictionary[Served, _Version] = WeakKeyDictionary()
         self._labels: dict[tuple[str, str], ClassLabels] = {}  # outlive a reload: the set stays closed
         self._task: asyncio.Task[str] | None = None
+        self._maps: list[_Map] = []
+        self._figures: asyncio.Task[None] | None = None
+        self._resting: WeakKeyDictionary[Served, float] = WeakKeyDictionary()  # until when, on the loop's clock
         self._told: set[str] = set()  # what the log has been told
 
-    async def saw(self, served: Served, outcomes: Sequence[Outcome]) -> None:
-        """Count what was made; called while the caller still holds its lease of the version."""
+    def saw(self, served: Served, outcomes: Sequence[Outcome]) -> None:
+        """Count what was made; called while the caller still holds its lease of the version. Computes nothing."""
         try:
             version = self._version(served)
             for outcome in outcomes:
                 self._count(served, version, outcome)
-            drawn = [(one, result) for one in outcomes for result in one.results if _has_map(one, result)]
-            if drawn:
-                await asyncio.to_thread(_observe_maps, served, version, drawn)
+            self._keep([one for outcome in outcomes for one in _maps(served, version, outcome)])
             for outcome in outcomes:
                 if self._lot.random() < self._rate:
                     self._begin(served, version, outcome)
@@ -105,10 +104,11 @@ class Watch:
             self._tell("figures", "An image's figures could not be observed; it is answered all the same.")
 
     async def close(self) -> None:
-        """Give up what is being looked at; the device ends the step it is in."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """Give up what is being looked at; the device ends the step it is in. What is kept of maps is forgotten."""
+        tasks = [task for task in (self._task, self._figures) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _version(self, served: Served) -> _Version:
         known = self._versions.get(served)
@@ -117,13 +117,16 @@ class Watch:
             default = engine.options({})
             key = served.name, served.version
             labels = self._labels.get(key)
-            if labels is None or labels._labels != engine.model.labels:
-                labels = self._labels[key] = ClassLabels(engine.model.labels, self._classes)
+            if labels is None or labels.labels != engine.model.labels:
+                folder = metrics.workers_folder()
+                labels = ClassLabels(engine.model.labels, self._classes, "/".join(key), folder)
+                self._labels[key] = labels
             known = self._versions[served] = _Version(
                 default=default,
                 default_layers=len(match(engine.layer_names, default.layers)),
                 plain=engine.options({"method": "gradient", "rule": False}),
                 rows=frozenset(engine.table.classes),
+                layer_names=tuple(engine.layer_names),
                 labels=labels,
             )
         return known
@@ -134,14 +137,35 @@ class Watch:
         metrics.predicted.labels(served.name, served.version, version.labels.seen(index)).inc()
         metrics.confidence.labels(served.name, served.version).observe(float(probabilities[index]))
 
+    def _keep(self, maps: list[_Map]) -> None:
+        """Until they are answered, and their figures with them where the answer has them too."""
+        pixels = sum(_pixels(one) for one in self._maps)
+        if self._maps and pixels + sum(map(_pixels, maps)) > MOST_PIXELS:
+            self._tell("maps", "More maps are made than their figures can be computed: those of some are left out.")
+            return
+        self._maps += maps
+        if self._maps and (self._figures is None or self._figures.done()):
+            work = self._observe_kept()
+            self._figures = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+
+    async def _observe_kept(self) -> None:
+        while self._maps:
+            await asyncio.sleep(REST)
+            maps, self._maps = self._maps, []
+            try:
+                await asyncio.to_thread(_observe_maps, maps)
+            except Exception:
+                self._tell("figures", "The figures of maps that were answered could not be observed.")
+
     def _begin(self, served: Served, version: _Version, outcome: Outcome) -> None:
-        """Look at the image once it is answered, unless another is being looked at."""
-        if self._task is not None and not self._task.done():
+        """Look at the image once it is answered, unless another is being looked at, or there was no memory lately."""
+        now = asyncio.get_running_loop().time()
+        if (self._task is not None and not self._task.done()) or now < self._resting.get(served, 0.0):
             metrics.watched.labels(served.name, served.version, "skipped").inc()
             return
         lease = ExitStack()
         lease.enter_context(served.lease())  # now: the request's own may end before the task begins
-        work = self._look(served, version, outcome)
+        work = self._look(served, version, _drawn(version, outcome))
         # In the context of no request: its trace and its times have ended by then.
         self._task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
 
@@ -153,29 +177,29 @@ class Watch:
 
         self._task.add_done_callback(ended)
 
-    async def _look(self, served: Served, version: _Version, outcome: Outcome) -> str:
+    async def _look(self, served: Served, version: _Version, image: _Image) -> str:
         try:
             await asyncio.sleep(REST)
-            return "skipped" if self._busy() else await self._watched(served, version, outcome)
-        except Exception:
+            return "skipped" if self._busy() else await self._watched(served, version, image)
+        except Exception as error:
+            if isinstance(error, DeviceMemoryError) or is_out_of_memory(error):
+                self._resting[served] = asyncio.get_running_loop().time() + NO_MEMORY_REST
             self._tell("watch", "An image that was answered could not be looked at.")
             return "failed"
 
-    async def _watched(self, served: Served, version: _Version, outcome: Outcome) -> str:
-        """`done`, or `skipped` where there is nothing that could be compared."""
-        engine, tensor = served.engine, outcome.prepared.tensor
-        first, done = outcome.first, False
-        if first.saliency is not None and _has_map(outcome, first) and _is_default(version, outcome):
-            job = Job(tensor, Explained(first.target, version.plain, DEFAULT_REDUCTION))
+    async def _watched(self, served: Served, version: _Version, image: _Image) -> str:
+        """`done`, or `skipped` where there is nothing that could be compared, or somebody waits by now."""
+        engine, tensor, target, done = served.engine, image.tensor, image.target, False
+        if image.saliency is not None:
+            job = Job(tensor, Explained(image.asked, version.plain, DEFAULT_REDUCTION))
             (plain,) = await served.on_map_lane(lambda: engine.run([job]))
             if plain is not None and plain.saliency is not None:
-                alike = await asyncio.to_thread(agreement, first.saliency, plain.saliency)
+                alike = await asyncio.to_thread(agreement, image.saliency, plain.saliency)
                 _observe(metrics.map_gradient_agreement.labels(served.name, served.version), alike)
                 done = True
-        target = int(first.probabilities.argmax()) if first.target == PREDICTED else first.target
         if engine.no_drift is not None:
             self._tell(f"drift {served.name}/{served.version}", f"No activation drift is watched: {engine.no_drift}")
-        elif target in version.rows:
+        elif target in version.rows and not self._busy():
             drift = await served.on_map_lane(lambda: engine.drift(tensor, target))
             for layer, one in drift.items():
                 labels = served.name, served.version, layer
@@ -192,7 +216,7 @@ class Watch:
         """Log once a worker; with the exception, where one is being handled."""
         if what not in self._told:
             self._told.add(what)
-            log.warning("%s It is said once.", message, exc_info=True if what in ("figures", "watch") else None)
+            log.warning("%s It is said once.", message, exc_info=sys.exc_info()[0] is not None)
 
 
 def _has_map(outcome: Outcome, result: Result) -> bool:
@@ -206,22 +230,45 @@ def _is_default(version: _Version, outcome: Outcome) -> bool:
     return outcome.request.options == version.default and reduction == DEFAULT_REDUCTION
 
 
-def _observe_maps(served: Served, version: _Version, drawn: Sequence[tuple[Outcome, Result]]) -> None:
+def _maps(served: Served, version: _Version, outcome: Outcome) -> list[_Map]:
+    """The rule's maps of an outcome."""
+    drawn = [result for result in outcome.results if _has_map(outcome, result)]
+    if not drawn:
+        return []
+    options = outcome.request.options
+    assert options is not None  # _has_map looked
+    same = options.layers == version.default.layers
+    layers = version.default_layers if same else len(match(version.layer_names, options.layers))
+    of = served.name, served.version, "default" if _is_default(version, outcome) else "other"
+    return [_Map(of, result, layers) for result in drawn]
+
+
+def _drawn(version: _Version, outcome: Outcome) -> _Image:
+    first = outcome.first
+    compared = _has_map(outcome, first) and _is_default(version, outcome)
+    return _Image(
+        tensor=outcome.prepared.tensor,
+        saliency=first.saliency if compared else None,
+        asked=first.target,
+        target=int(first.probabilities.argmax()) if first.target == PREDICTED else first.target,
+    )
+
+
+def _pixels(one: _Map) -> int:
+    return 0 if one.result.saliency is None else one.result.saliency.size
+
+
+def _observe_maps(maps: Sequence[_Map]) -> None:
     """The figures of each map; of one without mass or with a value that is not finite, nothing."""
-    for outcome, result in drawn:
-        options = outcome.request.options
-        assert options is not None  # _has_map looked
-        figures = result.figures
+    for one in maps:
+        figures = one.result.figures
         if figures is None or math.isnan(figures.gini):
             continue
-        labels = served.name, served.version, "default" if _is_default(version, outcome) else "other"
-        metrics.map_gini.labels(*labels).observe(figures.gini)
-        metrics.map_border_share.labels(*labels).observe(figures.border_share)
-        metrics.map_centroid.labels(*labels, "x").observe(figures.x)
-        metrics.map_centroid.labels(*labels, "y").observe(figures.y)
-        same = options.layers == version.default.layers
-        layers = version.default_layers if same else len(match(served.engine.layer_names, options.layers))
-        metrics.map_identity_share.labels(*labels).observe(result.identity_layers / layers)
+        metrics.map_gini.labels(*one.of).observe(figures.gini)
+        metrics.map_border_share.labels(*one.of).observe(figures.border_share)
+        metrics.map_centroid.labels(*one.of, "x").observe(figures.x)
+        metrics.map_centroid.labels(*one.of, "y").observe(figures.y)
+        metrics.map_identity_share.labels(*one.of).observe(one.result.identity_layers / one.layers)
 
 
 def _observe(histogram: Histogram, value: float) -> None:

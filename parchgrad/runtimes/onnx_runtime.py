@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,6 +59,7 @@ _OUTPUTS = {
     "identity_layers": "int64",
     "covered": "bool",
 }
+_GAP, _RANK, _ROWS = "watch/gap", "watch/rank", "watch/rows"  # of the part that gives the features
 # Where a model that comes as bytes has its external weights (onnxruntime_session_options_config_keys.h).
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
@@ -68,7 +70,9 @@ class OnnxExplainer:
 
     `path` is the file, its version folder, or that one's parent (then the highest version). `threads` is how many
     ONNX Runtime computes with, default its own choice; `providers` are its execution providers, first choice first,
-    default the CPU's. Raises ModelError naming what does not hold of the file, OptionError for the others.
+    default the CPU's. `content` is the file's, where it has been read: then of the file no more is read than its
+    weights outside of it, and `prepare` makes what else is made of it. Raises ModelError naming what does not hold of
+    the file, OptionError for the others.
     """
 
     def __init__(
@@ -77,14 +81,19 @@ class OnnxExplainer:
         *,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
+        content: bytes | None = None,
     ) -> None:
         given = Path(path)
         self._path = resolve_version(given, MODEL_FILE, ModelError) / MODEL_FILE if given.is_dir() else given
-        if not self._path.is_file():
+        if content is None and not self._path.is_file():
             raise ModelError(f"ONNX file '{self._path}' does not exist.")
+        self._content = content
         self._threads = threads
         self._providers = _checked_providers(providers)
-        self._session = _opened(self._path, self._path, _session_options(threads), self._providers)
+        if content is None:
+            self._session = _opened(self._path, self._path, _session_options(threads), self._providers)
+        else:
+            self._session = self._session_of(content)
         metadata = read_metadata(
             self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), os.fspath(self._path)
         )
@@ -95,6 +104,7 @@ class OnnxExplainer:
         self._features = metadata.features
         self._reference = self._reference_of(metadata.features)
         self._feature_cut: Any = None
+        self._no_features: str | None = None  # why it could not be made, once that was tried
         self._making_features = threading.Lock()
         self._size = self._checked_signature()
         self._predictor: Any = None
@@ -120,7 +130,8 @@ class OnnxExplainer:
     def predict(self, images: Floats) -> Floats:
         """Logits `(B, K)` of normalised images `(B, 3, h, w)`, without any of the explanation's cost.
 
-        The first call makes the prediction's own engine from the file, with weights of its own in memory.
+        The first call makes the prediction's own engine from the file, with weights of its own in memory, if `prepare`
+        has not.
         """
         (logits,) = self._prediction_session().run(["logits"], {"images": self._checked_images(images)})
         return np.asarray(logits)
@@ -210,15 +221,33 @@ class OnnxExplainer:
             return f"ONNX file '{self._path}' does not say where its features are; export it again."
         if not any(self._features.std > 0):
             return f"No feature of table '{self.table.name}' is known in ONNX file '{self._path}'."
-        return None
+        return self._no_features
+
+    def prepare(self, *, drift: bool, after_each: Callable[[], None] = lambda: None) -> None:
+        """Make now what `predict` makes at its first call, and `drift` where it is to be asked.
+
+        Of the `content` that was given, which is then let go; without `drift` it can not be asked any more. Raises
+        what `predict` would; where the features' engine cannot be made `no_drift` says why, and all else is as before.
+        `after_each` is called once an engine was made, which takes several times the memory that it keeps.
+        """
+        self._prediction_session()
+        after_each()
+        if drift and self.no_drift is None:
+            with suppress(Exception):  # which no_drift then says
+                self._feature_session()
+            after_each()
+        elif self._content is not None and self.no_drift is None:
+            self._no_features = f"ONNX file '{self._path}' was opened without its features."
+        self._content = None
 
     def drift(
         self, images: Floats, targets: Target | Sequence[Target] | NDArray[np.int64]
     ) -> list[dict[str, LayerDrift]]:
         """How far each image is from the table's in the channels of its target: `Explainer.drift` in arrays.
 
-        The first call makes an engine of its own from the file's prediction, with weights of its own in memory.
-        Raises ModelError where the file does not say where its features are: `no_drift` says why.
+        The first call makes an engine of its own from the file's prediction, with weights of its own in memory, if
+        `prepare` has not. Where that fails it is not tried again. Raises ModelError where drift cannot be asked:
+        `no_drift` says why.
         """
         if (reason := self.no_drift) is not None:
             raise ModelError(reason)
@@ -229,7 +258,7 @@ class OnnxExplainer:
             chosen = np.where(chosen < 0, self.predict(images).argmax(axis=1), chosen)
         self._require(np.isin(chosen, self.table.classes), chosen)
         rows = np.array([self.table.classes.index(target) for target in chosen.tolist()], dtype=np.int64)
-        gap, rank = self._feature_session().run(["gap", "rank"], {"images": images, "rows": rows})
+        gap, rank = self._feature_session().run([_GAP, _RANK], {"images": images, _ROWS: rows})
         return [self._reference.drift(*each) for each in zip(gap, rank, strict=True)]
 
     def _reference_of(self, features: GraphFeatures | None) -> Reference | None:
@@ -456,15 +485,31 @@ class OnnxExplainer:
     def _prediction_session(self) -> Any:
         with self._making_predictor:
             if self._predictor is None:
-                self._predictor = self._session_of(_prediction_alone(self._path))
+                self._predictor = self._session_of(_prediction_alone(self._read()))
             return self._predictor
 
     def _feature_session(self) -> Any:
         with self._making_features:
+            if self._no_features is not None:  # another thread tried meanwhile
+                raise ModelError(self._no_features)
             if self._feature_cut is None:
                 assert self._features is not None  # drift looked
-                self._feature_cut = self._session_of(_features_alone(self._path, self._features, self.table.channels))
+                try:
+                    part = _features_alone(self._read(), self._features, self.table.channels)
+                    if self._predictor is not None:
+                        self._content = None  # all that is made of it has been: not while a session is made as well
+                    self._feature_cut = self._session_of(part)
+                except Exception as error:
+                    what = f"{type(error).__name__}: {error}"
+                    self._no_features = f"The features of ONNX file '{self._path}' cannot be computed: {what}"
+                    raise
             return self._feature_cut
+
+    def _read(self) -> Any:
+        """The file's model, its external weights where they were."""
+        if self._content is not None:
+            return _onnx().load_model_from_string(self._content)
+        return _onnx().load(os.fspath(self._path), load_external_data=False)
 
     def _session_of(self, model: bytes) -> Any:
         settings = _session_options(self._threads)
@@ -527,33 +572,36 @@ def _opened(model: Path | bytes, path: Path, settings: Any, providers: list[str]
     """A session of the file, or of a model made from the file at `path`. Raises ModelError."""
     content = os.fspath(model) if isinstance(model, Path) else model
     try:
-        return onnxruntime.InferenceSession(content, settings, providers=providers)
+        session = onnxruntime.InferenceSession(content, settings, providers=providers)
+        session.disable_fallback()  # to another provider than was chosen, where a call fails
+        if isinstance(model, bytes):
+            session._model_bytes = None  # kept for that alone: a copy of all weights
+        return session
     except MemoryError:
         raise
     except Exception as error:  # its own classes share no base
         raise ModelError(f"ONNX file '{path}' cannot be opened: {error}") from error
 
 
-def _prediction_alone(path: Path) -> bytes:
-    """The part of the file's graph that the logits need, with its weights where they were.
+def _prediction_alone(model: Any) -> bytes:
+    """The part of a file's graph that the logits need, with its weights where they were. Changes `model`.
 
     A session computes all of its graph whatever outputs it is asked for: ONNX Runtime's builds for inference take no
     notice of `RunOptions.only_execute_path_to_fetches`. So prediction alone has a session of its own.
     """
-    model = _read(path)
     _cut(model.graph, ["logits"])
     content: bytes = model.SerializeToString()
     return content
 
 
-def _features_alone(path: Path, features: GraphFeatures, channels: Mapping[str, int]) -> bytes:
-    """The part of the file's graph that the features need, and their means: `images`, `rows` -> `gap`, `rank`.
+def _features_alone(model: Any, features: GraphFeatures, channels: Mapping[str, int]) -> bytes:
+    """The part of a file's graph that the features need, and their means. Changes `model`.
 
-    `gap` `(B, N)`, `rank` `(B, N)` of the table's `rows` `(B,)`.
+    `images` `(B, 3, h, w)`, `watch/rows` `(B,)` of the table -> `watch/gap` `(B, N)`, `watch/rank` `(B, N)`. No
+    names of the network's own begin so.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    model = _read(path)
     graph = model.graph
     _cut(graph, [name for name in (*features.tensors, features.ranks) if name])
 
@@ -561,48 +609,47 @@ def _features_alone(path: Path, features: GraphFeatures, channels: Mapping[str, 
         graph.node.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
         return output
 
-    def number(name: str, array: NDArray[Any]) -> str:
+    def constant(name: str, array: NDArray[Any]) -> str:
         graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
-    spatial = number("watch/spatial", np.array([2, 3], dtype=np.int64))
+    spatial = constant("watch/spatial", np.array([2, 3], dtype=np.int64))
     parts, start = [], 0
-    for number_of, (tensor, positive, width) in enumerate(
+    for place, (tensor, positive, width) in enumerate(
         zip(features.tensors, features.positive, channels.values(), strict=True)
     ):
-        own, here = f"watch/{number_of}", slice(start, start + width)
+        own, here = f"watch/{place}", slice(start, start + width)
         start += width
         if tensor is None:  # not compared: its deviations are 0
             batch = add("Shape", ["images"], f"{own}/batch", start=0, end=1)
-            shape = add("Concat", [batch, number(f"{own}/width", np.array([width]))], f"{own}/shape", axis=0)
+            shape = add("Concat", [batch, constant(f"{own}/width", np.array([width]))], f"{own}/shape", axis=0)
             parts.append(add("ConstantOfShape", [shape], own))
             continue
         scale, shift = (one[here].reshape(1, -1, 1, 1).copy() for one in (features.scale, features.shift))
         if (scale != 1).any() or (shift != 0).any():
-            tensor = add("Sub", [tensor, number(f"{own}/shift", shift)], f"{own}/shifted")
-            tensor = add("Div", [tensor, number(f"{own}/scale", scale)], f"{own}/scaled")
+            tensor = add("Sub", [tensor, constant(f"{own}/shift", shift)], f"{own}/shifted")
+            tensor = add("Div", [tensor, constant(f"{own}/scale", scale)], f"{own}/scaled")
         if positive:
             tensor = add("Relu", [tensor], f"{own}/positive")
         parts.append(add("ReduceMean", [tensor, spatial], own, keepdims=0))
-    add("Concat", parts, "gap", axis=1)
-    add("Gather", [features.ranks, "rows"], "rank", axis=0)
-    graph.input.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch"]))
+    add("Concat", parts, _GAP, axis=1)
+    add("Gather", [features.ranks, _ROWS], _RANK, axis=0)
+    graph.input.append(helper.make_tensor_value_info(_ROWS, TensorProto.INT64, ["batch"]))
     ranks = next(one for one in graph.initializer if one.name == features.ranks)
-    graph.output.append(helper.make_tensor_value_info("gap", TensorProto.FLOAT, ["batch", start]))
-    graph.output.append(helper.make_tensor_value_info("rank", ranks.data_type, ["batch", start]))
+    graph.output.append(helper.make_tensor_value_info(_GAP, TensorProto.FLOAT, ["batch", start]))
+    graph.output.append(helper.make_tensor_value_info(_RANK, ranks.data_type, ["batch", start]))
     content: bytes = model.SerializeToString()
     return content
 
 
-def _read(path: Path) -> Any:
-    """The file's model, its external weights where they were."""
+def _onnx() -> Any:
     try:
         import onnx
     except ModuleNotFoundError as error:
         if (named := missing_package("A part of an exported graph", error)) is None:
             raise
         raise named from error
-    return onnx.load(os.fspath(path), load_external_data=False)
+    return onnx
 
 
 def _cut(graph: Any, wanted: Sequence[str]) -> None:
@@ -637,3 +684,30 @@ def _names_read(node: Any) -> list[str]:
             names += (name for inner in graph.node for name in _names_read(inner))
             names += (one.name for one in graph.output)
     return names
+
+
+def weights_outside(content: bytes) -> set[str]:
+    """The files, as a graph names them from where it lies, that its weights are in beside itself. Raises ModelError."""
+    onnx = _onnx()
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's own
+        raise ModelError(f"These {len(content)} bytes are no ONNX file: {error}") from error
+    return {
+        entry.value for tensor in _tensors(model.graph, *model.functions)
+        for entry in tensor.external_data if entry.key == "location"
+    }  # fmt: skip
+
+
+def _tensors(*graphs: Any) -> Iterator[Any]:
+    """The stored tensors of graphs and functions, those of their nodes and subgraphs among them."""
+    for graph in graphs:
+        yield from getattr(graph, "initializer", ())
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield from (attribute.t, *attribute.tensors)
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    yield from (sparse.values, sparse.indices)
+                yield from _tensors(attribute.g, *attribute.graphs)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from parchgrad.defaults import Defaults
 from parchgrad.drift import Reference, layer_drift
@@ -167,6 +168,119 @@ def test_both_runtimes_find_the_same_drift(kind, point, tmp_path):
         for name in theirs:
             here, there = mine[name], theirs[name]
             assert_close([here.distance, here.shift], [there.distance, there.shift], 1e-4)
+
+
+class Scaled(nn.Module):
+    """Activations that go on: times a number, cut off, gated once more; and one times a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4))
+        self.of_one = nn.Parameter(torch.full((1,), 1.3))
+        self.of_each = nn.Parameter(torch.linspace(0.5, 1.5, 8)[:, None, None])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        z = F.relu(self.a(x)) * 1.7
+        z = F.silu(self.b(z)).clamp(max=0.1) / 0.3
+        z = F.relu(self.c(z)) * self.of_each
+        z = F.relu(self.d(z)) * self.of_one
+        return self.head(z.mean((2, 3)))
+
+
+def test_scaled_activations_are_followed_as_far_as_torch_follows_them(tmp_path):
+    network = build(Scaled, dtype=torch.float32)
+    images = batch(3, dtype=torch.float32)
+    table = table_for(network, covered=[2, 0, 4], quantile=0.3)
+    points = points_reached(network, table.layer_names, images[:1])
+    assert set(points.values()) == {"activation"}
+    table = replace(table, statistics_point="activation", built={"by": "tests", "points": points})
+    expected = Explainer(network, table).drift(images, [0, 2, 4])
+    _, _, explainer = exported(network, table, (12, 12), tmp_path)
+    for mine, theirs in zip(explainer.drift(images.numpy(), [0, 2, 4]), expected, strict=True):
+        assert list(mine) == ["a", "b", "c"]  # of the last it cannot be told in the graph: not compared
+        for name, here in mine.items():
+            assert_close([here.distance, here.shift], [theirs[name].distance, theirs[name].shift], 1e-4)
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.gap = nn.Parameter(torch.ones(()))  # named as a part of the features' own graph once was
+        self.b, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        z = torch.relu(self.norm(self.a(x))) * self.gap
+        return self.head(torch.relu(self.b(z)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dead", [1e-6, 1e-8, 1e-20, 1e-41])
+def test_a_channel_that_a_batch_norm_left_nothing_of_is_not_compared(dead, tmp_path):
+    network = build(Normalised, dtype=torch.float32)
+    images = batch(3, dtype=torch.float32)
+    with torch.no_grad():
+        network.norm.weight[3:] *= dead
+    table = table_for(network, covered=[2, 0, 4], quantile=1.0)
+    _, _, explainer = exported(network, table, (12, 12), tmp_path)
+    known = table.layers["a"].std.clone()
+    known[3:] = 0.0
+    known[network.norm.weight == 0] = 0.0  # as it ever was
+    assert 0 < (known > 0).sum() <= 3
+    assert (explainer._features.std[:8] > 0).tolist() == (known > 0).tolist()
+    layers = {name: replace(layer, std=known) if name == "a" else layer for name, layer in table.layers.items()}
+    expected = Explainer(network, replace(table, layers=layers)).drift(images, [0, 2, 4])
+    for mine, theirs in zip(explainer.drift(images.numpy(), [0, 2, 4]), expected, strict=True):
+        assert list(mine) == list(theirs) == ["a", "b"]
+        for name, here in mine.items():
+            assert_close([here.distance, here.shift], [theirs[name].distance, theirs[name].shift], 1e-3)
+
+
+def test_what_is_prepared_of_given_bytes_reads_the_file_no_more(tmp_path):
+    network = build(dtype=torch.float32)
+    table = table_for(network, covered=[2, 0, 4])
+    image = batch(1, dtype=torch.float32).numpy()
+    _, _, explainer = exported(network, table, (12, 12), tmp_path)
+    expected = explainer.drift(image, [0])
+    (path,) = tmp_path.rglob("*.onnx")
+    content = path.read_bytes()
+    path.write_bytes(b"another file")
+    opened = OnnxExplainer(path, threads=1, content=content)
+    opened.prepare(drift=True)
+    assert opened.drift(image, [0]) == expected
+    without = OnnxExplainer(path, threads=1, content=content)
+    without.prepare(drift=False)
+    assert np.array_equal(without.predict(image), opened.predict(image))
+    assert "was opened without its features" in without.no_drift
+    with pytest.raises(ModelError, match="was opened without its features"):
+        without.drift(image, [0])
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_features_that_cannot_be_computed_are_tried_once(prepared, tmp_path, monkeypatch):
+    network = build(dtype=torch.float32)
+    table = table_for(network, covered=[2, 0, 4])
+    image = batch(1, dtype=torch.float32).numpy()
+    _, _, explainer = exported(network, table, (12, 12), tmp_path)
+    tried = []
+
+    def failing(*_):
+        tried.append(1)
+        raise MemoryError("bad_alloc")
+
+    monkeypatch.setattr("parchgrad.runtimes.onnx_runtime._features_alone", failing)
+    if prepared:
+        explainer.prepare(drift=True)
+    else:
+        assert explainer.no_drift is None
+        with pytest.raises(MemoryError):
+            explainer.drift(image, [0])
+    assert "cannot be computed: MemoryError: bad_alloc" in explainer.no_drift
+    for _ in range(2):
+        with pytest.raises(ModelError, match="cannot be computed"):
+            explainer.drift(image, [0])
+    assert len(tried) == 1
+    assert explainer.predict(image).shape == (1, 5)
 
 
 def test_a_graph_of_before_has_no_drift_and_one_that_is_wrong_is_refused(tmp_path):

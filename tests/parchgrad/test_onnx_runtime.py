@@ -448,7 +448,7 @@ def test_prediction_computes_nothing_of_the_explanation(external, tmp_path, monk
     with pytest.raises(Exception, match="Reshape"):
         explainer.explain(images, 0)
     assert_close(explainer.predict(images), images.reshape(3, -1) @ A, 1e-6)
-    alone = onnx.load_from_string(onnx_runtime._prediction_alone(path))
+    alone = onnx.load_from_string(onnx_runtime._prediction_alone(explainer._read()))
     assert [node.op_type for node in alone.graph.node] == ["Flatten", "MatMul"]
     assert [one.name for one in alone.graph.initializer] == ["a"]
 

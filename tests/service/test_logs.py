@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from tests.service.serving import Server, serving
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} \[[A-Z]+\] \[[^]]*\] ")
 SECRET = "a-key-that-nobody-may-read"
+TRIES = 600  # times a twentieth of a second
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,19 @@ def in_json(home: Home) -> Iterator[Server]:
         yield running
 
 
+def written_lines(server: Server, ident: str) -> list[str]:
+    """The whole log, once a line of it names the request: it is written after the answer went out."""
+    for _ in range(TRIES):
+        whole, _, _ = server.log.read_text().rpartition("\n")  # the last line may be half written
+        if ident in whole:
+            return whole.splitlines()
+        time.sleep(0.05)
+    raise AssertionError(f"no line of the log names {ident}")
+
+
 def lines(server: Server, ident: str) -> list[dict[str, Any]]:
     """Of one request; every line of the log has to be an object."""
-    everything = [json.loads(line) for line in server.log.read_text().splitlines()]
+    everything = [json.loads(line) for line in written_lines(server, ident)]
     assert all(isinstance(one, dict) and {"timestamp", "level", "logger", "message"} <= set(one) for one in everything)
     return [one for one in everything if one.get("request_id") == ident]
 
@@ -74,15 +86,16 @@ def test_a_path_begins_no_line(in_json: Server, server: Server) -> None:
     assert answer.status_code == 404
     (line,) = lines(in_json, answer.headers["x-request-id"])
     assert line["path"] == '/a\n2026-01-01 [INFO] x\r\n{"level":"INFO"}\u2028\x1b[2J'
-    assert server.client.get(path).status_code == 404
-    assert all(LINE.match(one) for one in server.log.read_text().splitlines())
+    answer = server.client.get(path)
+    assert answer.status_code == 404
+    assert all(LINE.match(one) for one in written_lines(server, answer.headers["x-request-id"]))
     assert "\x1b[2J" not in server.log.read_text()
 
 
 def test_text_is_as_it_was(server: Server) -> None:
     answer = server.client.get("/models", headers={"X-Request-Id": "mine-2"})
     assert answer.status_code == 200
-    (line,) = [one for one in server.log.read_text().splitlines() if "mine-2" in one]
+    (line,) = [one for one in written_lines(server, "mine-2") if "mine-2" in one]
     assert re.fullmatch(
         LINE.pattern + r"GET '/models' 200 [0-9.]+ ms mine-2 \(trace=[0-9a-f]{32},span=[0-9a-f]{16},sampled=0,"
         r"service.name=parchgrad\)",
@@ -141,6 +154,20 @@ def test_an_error_of_a_callers_making_begins_no_line(written: dict[str, io.Strin
     found = json.loads(line)
     assert (found["message"], found["request_id"], found["level"]) == ("What failed: one\ntwo", "abc", "ERROR")
     assert found["exception"].endswith("second\r\x85third")
+
+
+def test_a_log_call_that_is_wrong_harms_nobody(
+    written: dict[str, io.StringIO], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever library makes it, while a request is in hand: logging reports it on stderr."""
+    monkeypatch.setattr(logging.getLogger("service"), "propagate", False)  # pytest's own handler raises
+    token = logs.request_id.set("abc")
+    try:
+        logging.getLogger("service.somewhere").warning("%d", "no number")
+    finally:
+        logs.request_id.reset(token)
+    assert "--- Logging error ---" in capsys.readouterr().err
+    assert written["text"].getvalue() == ""
 
 
 def test_the_devices_lines_name_whoever_waits(written: dict[str, io.StringIO]) -> None:

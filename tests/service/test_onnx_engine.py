@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,27 @@ def test_torchs_engine_says_that_it_can_all(home: Home) -> None:
     assert engine.cannot == {}
     assert engine.defaults == engine.table.defaults.to_json()
     assert engine.runtime.startswith("torch ")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_all_that_is_made_of_the_file_is_made_at_load(
+    settings: Settings, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from parchgrad.runtimes.onnx_runtime import OnnxExplainer
+
+    prepared: list[bool] = []
+    prepare = OnnxExplainer.prepare
+
+    def noting(explainer: OnnxExplainer, *, drift: bool, **given: Any) -> None:
+        prepared.append(drift)
+        prepare(explainer, drift=drift, **given)
+
+    monkeypatch.setattr(OnnxExplainer, "prepare", noting)
+    checked: list[bytes] = []
+    engine = OnnxEngine(replace(settings, watch_rate=rate), "small", "1", checked.append)
+    path = settings.graph("small", "1")
+    assert checked == [path.read_bytes()]
+    assert prepared == [rate > 0]
+    path.unlink()
+    engine.run([job(engine)])
+    engine.run([job(engine, target=0)])

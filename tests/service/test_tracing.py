@@ -181,6 +181,17 @@ def test_paths_are_no_names_and_probes_are_no_traces(traced: Server, collector: 
     assert len(collector.trace(trace, "GET")["GET"]) == 1
 
 
+def test_a_bad_baggage_is_not_read(traced: Server, collector: Collector) -> None:
+    """Each of its entries would be a warning in the log, from callers without any key."""
+    trace, _, headers = traceparent()
+    before = len(traced.log.read_text().splitlines())
+    baggage = ",".join(f"k {i}=v" for i in range(100)).encode() + b",k\xff=v"
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()] + [(b"baggage", baggage)]
+    assert traced.client.get("/nothing", headers=sent).status_code == 404
+    collector.trace(trace, "GET")
+    assert len(traced.log.read_text().splitlines()) <= before + 3
+
+
 def test_a_caller_who_does_not_trace_is_not_traced(traced: Server, collector: Collector) -> None:
     not_sampled, _, headers = traceparent(sampled=False)
     assert traced.client.post("/predict", files=files(png(picture())), headers=headers).status_code == 200

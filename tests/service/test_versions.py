@@ -5,11 +5,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parchgrad.errors import ModelError
 from service import settings as settings_module
 from service import versions
+from service.engine import Job
 from service.onnx_engine import OnnxEngine
 from service.settings import Settings, SettingsError
 from service.torch_engine import TorchEngine
@@ -202,7 +204,10 @@ def test_what_has_the_digests_is_loaded(both: Settings, home: Home, runtime: str
     of_tiny = digests(home)
     folder = graphs.write(both.graphs_dir, "tiny", **of_tiny)
     graph = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
-    for entry in (of_tiny["weights_sha256"], ":".join(of_tiny.values()), ":".join([*of_tiny.values(), graph])):
+    entries = [":".join([*of_tiny.values(), graph])]
+    if runtime == "torch":  # what a graph is made of, it only says
+        entries += [of_tiny["weights_sha256"], ":".join(of_tiny.values())]
+    for entry in entries:
         versions.load(replace(both, runtime=runtime, digests=f"tiny/1:{entry},other/1:{'d' * 64}"), "tiny", "1")
 
 
@@ -210,8 +215,9 @@ def test_what_has_the_digests_is_loaded(both: Settings, home: Home, runtime: str
 @pytest.mark.parametrize("what", ["weights", "table"])
 def test_what_has_another_digest_is_refused(both: Settings, home: Home, runtime: str, what: str) -> None:
     of_tiny = digests(home)
-    graphs.write(both.graphs_dir, "tiny", **of_tiny)
-    wanted = ":".join((of_tiny | {f"{what}_sha256": "d" * 64}).values())
+    folder = graphs.write(both.graphs_dir, "tiny", **of_tiny)
+    graph = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    wanted = ":".join([*(of_tiny | {f"{what}_sha256": "d" * 64}).values(), graph])
     expected = f"is expected with a {what} of SHA-256 {'d' * 64} (PARCHGRAD_DIGESTS), found {of_tiny[f'{what}_sha256']}"
     with pytest.raises(ModelError, match=re.escape(expected)):
         versions.load(replace(both, runtime=runtime, digests=f"tiny/1:{wanted}"), "tiny", "1")
@@ -232,3 +238,60 @@ def test_a_graph_of_other_bytes_is_refused_before_it_is_read(both: Settings, hom
 def test_where_there_are_digests_nothing_else_is_loaded(both: Settings) -> None:
     with pytest.raises(ModelError, match=r"version 1 is expected in PARCHGRAD_DIGESTS, found no entry for it\."):
         versions.load(replace(both, digests=f"tiny/2:{'d' * 64}"), "tiny", "1")
+
+
+@pytest.mark.parametrize("runtime", ["auto", "onnx"])
+def test_a_graph_whose_digest_is_not_named_is_not_run(both: Settings, home: Home, runtime: str) -> None:
+    """Whoever can write the folder could else put any graph there that says it is of the right weights."""
+    of_tiny = digests(home)
+    settings = replace(both, runtime=runtime, digests=f"tiny/1:{':'.join(of_tiny.values())}")
+    if runtime == "auto":
+        versions.load(settings, "tiny", "1")  # there is no graph
+    graphs.write(both.graphs_dir, "tiny", **of_tiny)
+    with pytest.raises(ModelError, match=r"whose digest PARCHGRAD_DIGESTS does not name; expected .*:GRAPH_SHA256"):
+        versions.load(settings, "tiny", "1")
+
+
+def test_a_graph_that_is_not_there_is_said_so_in_spite_of_its_digest(both: Settings) -> None:
+    settings = replace(both, runtime="onnx", digests=f"tiny/1:{':'.join('def'[i] * 64 for i in range(3))}")
+    with pytest.raises(ModelError, match="There is no graph "):
+        versions.load(settings, "tiny", "1")
+
+
+@pytest.mark.parametrize("place", ["model.onnx.data", "weights.bin"])
+def test_weights_beside_a_graph_are_covered_by_its_digest_or_refused(both: Settings, home: Home, place: str) -> None:
+    import onnx
+
+    of_tiny = digests(home)
+    path = graphs.write(both.graphs_dir, "tiny", **of_tiny) / "model.onnx"
+    onnx.save_model(
+        onnx.load(path), path, save_as_external_data=True, location=place, size_threshold=70, convert_attribute=True
+    )
+    beside = path.with_name(place)
+    assert beside.is_file()
+    covered = path.read_bytes() + (beside.read_bytes() if place == "model.onnx.data" else b"")
+    digest = hashlib.sha256(covered).hexdigest()
+    settings = replace(both, runtime="onnx", digests=f"tiny/1:{':'.join([*of_tiny.values(), digest])}")
+    if place == "model.onnx.data":
+        versions.load(settings, "tiny", "1")
+    else:
+        with pytest.raises(ModelError, match=r"has weights in 'weights.bin'; with PARCHGRAD_DIGESTS they are expected"):
+            versions.load(settings, "tiny", "1")
+
+
+def test_nothing_is_read_again_of_a_graph_that_was_compared(
+    both: Settings, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_tiny = digests(home)
+    path = graphs.write(both.graphs_dir, "tiny", **of_tiny) / "model.onnx"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    compare = versions._compare
+
+    def replaced(what: str, *given: str) -> None:
+        compare(what, *given)
+        path.write_bytes(b"another graph")
+
+    monkeypatch.setattr(versions, "_compare", replaced)
+    settings = replace(both, runtime="onnx", digests=f"tiny/1:{':'.join([*of_tiny.values(), digest])}")
+    engine = versions.load(settings, "tiny", "1")
+    engine.run([Job(np.zeros((3, *graphs.SIZE), np.float32))])

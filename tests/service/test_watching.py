@@ -14,14 +14,14 @@ import pytest
 from parchgrad.drift import LayerDrift
 from parchgrad.evaluation.maps import agreement, figures
 from service import metrics, watching
-from service.engine import Job, Result
+from service.class_labels import SEEN, ClassLabels
+from service.engine import DeviceMemoryError, Job, Result
 from service.errors import ServiceError
 from service.onnx_engine import OnnxEngine
 from service.pipeline import Origin, Outcome, Pipeline
 from service.schemas import parse_options
 from service.settings import Settings
 from service.torch_engine import TorchEngine
-from service.watching import ClassLabels
 from tests.service import graphs
 from tests.service.conftest import COVERED, LABELS, Home, counted, picture, png
 
@@ -61,12 +61,13 @@ class Bench:
         return outcome
 
     def answered(self, image: bytes, route: str = "explain", **fields: str) -> Outcome:
-        """The answer, once whatever looks at its image has ended."""
+        """The answer, once whatever looks at its image or map has ended."""
 
         async def both() -> Outcome:
             outcome = await self.ask(image, route, **fields)
-            if self.watch._task is not None:
-                await self.watch._task
+            for task in (self.watch._task, self.watch._figures):
+                if task is not None:
+                    await task
             return outcome
 
         return self.runner.run(both())
@@ -346,7 +347,75 @@ def test_a_failure_is_counted_and_logged_once_and_no_answer_knows(
         for image in IMAGES[:2]:
             assert one.answered(image, target="1").first.saliency is not None
     (record,) = caplog.records
-    assert "figures could not be observed" in record.message
+    assert "figures of maps that were answered could not be observed" in record.message
+    assert record.exc_info is not None
+
+
+def test_what_there_was_no_memory_for_is_left_for_a_while(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    released: list[int] = []
+
+    def failing(*_: Any) -> Any:
+        tried.append(1)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("service.torch_engine._release_cached_memory", lambda: released.append(1))
+    monkeypatch.setattr("parchgrad.explainer.Explainer.drift", failing)
+    one, counts = bench(watch_rate=1), Counts()
+    with pytest.raises(DeviceMemoryError):
+        one.pipeline.repository.listing()[0].engine.drift(np.zeros((3, 224, 224), np.float32), 1)
+    assert (len(tried), len(released)) == (1, 1)
+    for image in IMAGES[:3]:
+        one.answered(image, "predict")
+    assert (len(tried), len(released)) == (2, 2)
+    assert counts.watched() == [0, 2, 1]
+    monkeypatch.setattr(watching, "NO_MEMORY_REST", 0.0)
+    (served,) = one.pipeline.repository.listing()
+    one.watch._resting[served] = 0.0
+    one.answered(IMAGES[0], "predict")
+    one.answered(IMAGES[0], "predict")
+    assert len(tried) == 4
+
+
+def test_drift_is_left_out_where_somebody_came_during_the_plain_gradient(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchEngine, "drift", lambda *_: pytest.fail("callers wait"))
+    one, counts = bench(watch_rate=1), Counts()
+    asked = iter([False, True])
+    monkeypatch.setattr(one.watch, "_busy", lambda: next(asked))
+    one.answered(IMAGES[0], target="1")
+    assert counts.watched() == [1, 0, 0]
+    assert counts.rise("parchgrad_map_gradient_agreement_count") == 1
+
+
+def test_the_figures_of_maps_are_computed_after_their_answer(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "REST", 1e6)
+    monkeypatch.setattr("service.engine.figures", lambda *_: pytest.fail("computed"))
+    one = bench(watch_rate=0)
+    for _ in range(2):
+        one.runner.run(one.ask(IMAGES[0], target="1"))
+    assert len(one.watch._maps) == 2
+
+
+def test_maps_whose_figures_wait_are_bounded(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watching, "REST", 1e6)
+    one = bench(watch_rate=0)
+    first = one.runner.run(one.ask(IMAGES[0], target="1")).first.saliency
+    assert first is not None
+    monkeypatch.setattr(watching, "MOST_PIXELS", 3 * first.size)
+    with caplog.at_level(logging.WARNING, "service.watching"):
+        for _ in range(5):
+            one.runner.run(one.ask(IMAGES[0], target="1"))
+    assert len(one.watch._maps) == 3
+    (record,) = caplog.records
+    assert "those of some are left out" in record.message
 
 
 def test_answers_are_bit_identical_with_and_without(bench: Callable[..., Bench]) -> None:
@@ -431,12 +500,31 @@ def test_class_labels_are_a_closed_set() -> None:
     assert {none.seen(0) for _ in range(50)} == {"other"}
 
 
+def test_workers_name_the_same_classes(tmp_path: Path) -> None:
+    """Two workers, then one in the place of a dead one: all three have the same two labels."""
+    names = tuple("abcdef")
+    one, two = (ClassLabels(names, 2, "net/1", tmp_path) for _ in range(2))
+    assert [one.seen(0) for _ in range(SEEN)][-1] == "a"
+    assert two.of(0) == "other"
+    assert [two.seen(1) for _ in range(SEEN)][-1] == "b"
+    assert two.of(0) == "a"
+    assert {one.seen(2) for _ in range(3 * SEEN)} == {"other"}
+    assert (one.of(0), one.of(1)) == ("a", "b")
+    three = ClassLabels(names, 2, "net/1", tmp_path)
+    assert [{worker.seen(index) for _ in range(3 * SEEN) for worker in (one, two, three)} for index in range(4)] == [
+        {"a"}, {"b"}, {"other"}, {"other"},
+    ]  # fmt: skip
+    another = ClassLabels(names, 2, "net/2", tmp_path)
+    assert [another.seen(5) for _ in range(SEEN)][-1] == "f"
+    assert three.of(1) == "b"
+
+
 def test_predicted_classes_have_at_most_so_many_labels(bench: Callable[..., Bench]) -> None:
     one, counts = bench(watch_rate=0, watch_classes=1), Counts()
     for image in IMAGES:
-        for _ in range(watching.SEEN):
+        for _ in range(SEEN):
             one.answered(image, "predict")
-    asked = len(IMAGES) * watching.SEEN
+    asked = len(IMAGES) * SEEN
     shown = {label: counts.rise("parchgrad_predicted_total", class_label=label) for label in (*LABELS, "other")}
     assert sum(shown.values()) == asked
     assert sum(count > 0 for count in shown.values()) == 2
