@@ -61,6 +61,8 @@ _EXTRAS = {
     "onnx_ir": "export",
     "tritonclient": "export",
     "openvino": "openvino",
+    "pytorch_grad_cam": "bench",
+    "zennit": "bench",
 }
 
 
