@@ -334,6 +334,8 @@ def begin_version(model: str, version: str) -> None:
             requests.labels(route, model, version, kind, str(STATUS.get(code, 200)), code)
     for result in ("done", "skipped", "failed"):
         watched.labels(model, version, result)
+    # The only summary: where workers share files this makes its file, which must not be opened at some later image.
+    class_activation_distance.labels(model, version, "other")
 
 
 def end_version(model: str, version: str) -> None:

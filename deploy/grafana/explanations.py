@@ -200,7 +200,7 @@ SEEN = Row(
             "The same by the class explained, the ten farthest: one class apart is a change of its pictures.",
             units.Short,
             Query(
-                f"topk(10, {mean('parchgrad_class_activation_distance', MODEL, 'class_label', window='6h')})",
+                f"topk(10, {mean('parchgrad_class_activation_distance', MODEL, 'class_label', window='6h')} >= 0)",
                 "{{class_label}}",
             ),
         ),
