@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+
+from service.shared_files import locked, write
 
 SEEN = 10  # times a worker predicts a class before it asks for a label of its own
 OTHER = "other"
@@ -48,14 +48,12 @@ class ClassLabels:
         if self._folder is None:
             self._named.add(label)
             return
-        with self._locked(self._folder):
+        with locked(self._folder / LOCK_FILE):
             self._named = self._noted()
             if label not in self._named and len(self._named) < self._most:
                 self._named.add(label)
                 whole = self._read(self._folder) | {self._key: sorted(self._named)}
-                part = self._folder / f"{FILE}.{os.getpid()}.part"
-                part.write_text(json.dumps(whole), encoding="utf-8")
-                part.replace(self._folder / FILE)  # whole or not at all: others read it at any time
+                write(self._folder / FILE, whole)
 
     def _noted(self) -> set[str]:
         assert self._folder is not None
@@ -68,12 +66,3 @@ class ClassLabels:
         except FileNotFoundError:
             return {}
         return dict(json.loads(text))
-
-    @staticmethod
-    @contextmanager
-    def _locked(folder: Path) -> Iterator[None]:
-        import fcntl
-
-        with (folder / LOCK_FILE).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # held for one small write
-            yield

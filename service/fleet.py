@@ -9,14 +9,15 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from service.errors import ServiceError
 from service.repository import Repository
 from service.settings import Settings
+from service.shared_files import locked, write
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +91,10 @@ class Fleet:
             await (self.repository.load(name) if served else self.repository.unload(name))
             if self._folder is None:
                 return
-            with self._locked():
+            with locked(self._folder / LOCK_FILE):
                 wishes = self._wishes()
                 wish = Wish(1 + max((w.number for w in wishes.values()), default=0), served)
-                _write(self._folder / WANTED_FILE, {n: asdict(w) for n, w in {**wishes, name: wish}.items()})
+                write(self._folder / WANTED_FILE, {n: asdict(w) for n, w in {**wishes, name: wish}.items()})
             self._done[name] = wish
             self._failures.pop(name, None)
             self._report()
@@ -155,7 +156,7 @@ class Fleet:
         done = {name: wish.number for name, wish in self._done.items()}
         report = Report(done, dict(self._failures), self.repository.ready)
         if report != self._reported:
-            _write(self._own_report, asdict(report))
+            write(self._own_report, asdict(report))
             self._reported = report
 
     def _reports(self) -> dict[str, Report]:
@@ -168,19 +169,3 @@ class Fleet:
                 if Path("/proc", pid).exists():
                     reports[pid] = Report(**json.loads(file.read_text(encoding="utf-8")))
         return reports
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        import fcntl
-
-        assert self._folder is not None
-        with (self._folder / LOCK_FILE).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # held for one small write
-            yield
-
-
-def _write(path: Path, content: object) -> None:
-    """Whole or not at all: others read it at any time."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
