@@ -31,6 +31,10 @@ class EvidenceError(ParchGradError):
     """Evidence that a table is built from cannot be read, or does not belong together."""
 
 
+class EvaluationError(ParchGradError):
+    """An unfinished evaluation cannot be read or is another one."""
+
+
 class WorkerError(ParchGradError):
     """A process or device that a build needs gave out."""
 
@@ -61,8 +65,9 @@ _EXTRAS = {
     "onnx_ir": "export",
     "tritonclient": "export",
     "openvino": "openvino",
-    "pytorch_grad_cam": "bench",
-    "zennit": "bench",
+    "pytorch_grad_cam": "evaluate",
+    "zennit": "evaluate",
+    "pyarrow": "parquet",
 }
 
 

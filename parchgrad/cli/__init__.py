@@ -14,8 +14,8 @@ from parchgrad.cli.export import export
 from parchgrad.cli.key import key_group
 from parchgrad.cli.model import model_group
 from parchgrad.cli.serve import serve
+from parchgrad.cli.shared import EXIT_INTERRUPTED
 from parchgrad.cli.table import table_group
-from parchgrad.cli.table_build import EXIT_INTERRUPTED
 from parchgrad.errors import DataError, ParchGradError, missing_package
 
 EXIT_DATA = 3

@@ -1,31 +1,62 @@
-"""`parchgrad evaluate`: methods compared on mosaics."""
+"""`parchgrad evaluate`: every method measured on the user's own model and images."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import fnmatch
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from parchgrad.cli.shared import (
     ALLOW_USED,
     DEVICE,
+    EXIT_INTERRUPTED,
     HELD_OUT,
     IMAGE_COLUMN,
     LABEL_COLUMN,
     MODELS_DIR,
-    MOSAICS,
     SEED,
     TABLES_DIR,
     ListParameter,
+    QuantileParameter,
     images_to_avoid,
     load_named_model,
     named,
     progress_bar,
 )
 
+if TYPE_CHECKING:
+    from parchgrad.defaults import Defaults
+    from parchgrad.evaluation.images import Mosaics
+    from parchgrad.evaluation.methods import Method, Unavailable
+    from parchgrad.evaluation.photographs import Photographs, Places
+    from parchgrad.evaluation.results import Results
+    from parchgrad.evaluation.study import Effort, Subject
+    from parchgrad.explainer import Explainer
+    from parchgrad.models import Model
+    from parchgrad.sources import Source
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+COUNT = click.IntRange(1)
 GRAD_CAM = "Grad-CAM"
+IMAGES = MOSAICS = 100
+# Of --quick: enough to see that all is well, not to compare.
+QUICK_IMAGES, QUICK_MOSAICS, QUICK_POINTS = 10, 8, 4
+# Processes, where it is not said.
+MOST_WORKERS = 8
+# Of integrated gradients, and copies of SmoothGrad.
+POINTS = 25
 
 
 @click.command("evaluate")
@@ -33,65 +64,305 @@ GRAD_CAM = "Grad-CAM"
 @HELD_OUT
 @IMAGE_COLUMN
 @LABEL_COLUMN
+@click.option("--labels", type=EXISTING, help="Labels of images in no class folders: a CSV file of image,label.")
+@click.option("--boxes", type=EXISTING, help="Where objects are: a CSV file, or PASCAL VOC's XML, a file or a folder.")
+@click.option("--masks", type=EXISTING, help="Where objects are: a folder of PNG files, named as the images.")
+@click.option("--mask-value", type=click.IntRange(0), help="What a mask has at the object.  [default: anything but 0]")
 @click.option("--table", help="Selection table.  [default: the one of the model's name and version]")
-@MOSAICS
-@click.option("--quantile", type=click.FloatRange(0, 1, min_open=True), help="[default: the table's]")
-@click.option("--gamma", type=click.FloatRange(0), help="A number in [0, 1e6], or inf.  [default: the table's]")
-@click.option("--layers", type=ListParameter(str), help="[default: the table's]")
-@click.option("--cam-layer", help="Module for Grad-CAM, such as layer4; left out without it.")
-@click.option("--method", "only", multiple=True, help="Only this row of the table; may come several times.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws the mosaics and the random channels.")
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--images", type=COUNT, help=f"Photographs to measure on, at most.  [default: {IMAGES}]")
+@click.option("--mosaics", type=click.IntRange(0), help=f"Pictures of four photographs.  [default: {MOSAICS}]")
+@click.option("--curves", type=click.IntRange(0), help="Photographs that pixels are taken from.  [default: 16]")
+@click.option("--checks", type=click.IntRange(0), help="Photographs of the sanity checks.  [default: 8]")
+@click.option("--step", type=COUNT, help="Pixels at a time of insertion and deletion.  [default: 224]")
+@click.option("--quick", is_flag=True, help="A look in under a minute: few pictures, coarse steps, no grid.")
+@click.option("--quantiles", type=QuantileParameter(), help="Grid of ParchGrad; LOWER/UPPER is one for each half of "
+              "the layers.  [default: a step from the table's own in each direction]")  # fmt: skip
+@click.option("--gammas", type=ListParameter(float), help="Grid of ParchGrad.")
+@click.option("--layers", multiple=True, help="Grid of ParchGrad: all, upper-half or glob patterns; several times for "
+              "several.")  # fmt: skip
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the scores here."
+    "--conserve", type=ListParameter(str), metavar="WAYS", help="Grid of ParchGrad: independent, exact, none."
 )
+@click.option("--cam-layer", help="Module for Grad-CAM, such as layer4.  [default: the last with a map]")
+@click.option(
+    "--method", "only", multiple=True, help="Only this row, or rows by a glob pattern; may come several times."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws pictures and everything random.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True, help="Photographs together.")
+@click.option("--workers", type=COUNT, help="Processes, of about 1 GB each.  [default: the processors, at most 8]")
+@click.option("--report", type=FILE, help="Write a page to look at: one HTML file.")
+@click.option("--json", "json_file", type=FILE, help="Write everything as JSON.")
+@click.option("--parquet", type=FILE, help="Write every single value as Parquet.")
+@click.option("--restart", is_flag=True, help="Forget what an interrupted run has found.")
 @ALLOW_USED
 @DEVICE
 @MODELS_DIR
 @TABLES_DIR
 def evaluate(
-    model: str, data: str, image_column: str | None, label_column: str | None, table: str | None, mosaics: int,
-    quantile: float | None, gamma: float | None, layers: tuple[str, ...] | None, cam_layer: str | None,
-    only: tuple[str, ...], seed: int, batch_size: int, json_file: Path | None, allow_used: bool, device: str,
-    models_dir: Path, tables_dir: Path,
+    model: str, data: str, image_column: str | None, label_column: str | None, labels: Path | None, boxes: Path | None,
+    masks: Path | None, mask_value: int | None, table: str | None, images: int | None, mosaics: int | None,
+    curves: int | None, checks: int | None, step: int | None, quick: bool,
+    quantiles: tuple[float | tuple[float, float], ...] | None, gammas: tuple[float, ...] | None,
+    layers: tuple[str, ...], conserve: tuple[str, ...] | None, cam_layer: str | None, only: tuple[str, ...],
+    seed: int, batch_size: int, workers: int | None, report: Path | None, json_file: Path | None,
+    parquet: Path | None, restart: bool, allow_used: bool, device: str, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
-    """Compare methods on mosaics of four images of different classes (chance: mass and hits 0.25).
+    """Compare ParchGrad with other methods on images the table was not built from.
 
-    Images that the table was built from are left out, where the table has a record of them.
+    Every method's maps are measured on mosaics of four photographs of different classes, on the photographs' own
+    boxes or masks where they are given, by taking pixels away, and by checks that no explanation may survive.
+    Intervals are 95 %, bootstrapped over photographs. With an output file an interrupted run goes on where it was
+    when the same command is given again.
+
+    \b
+    parchgrad evaluate resnet50 --data val --quick
+    parchgrad evaluate resnet50 --data val --boxes annotations --images 500 --report out.html
     """
-    if cam_layer is not None and only and GRAD_CAM not in only:
+    if boxes is not None and masks is not None:
+        raise click.UsageError("--boxes and --masks are given, expected one of them.")
+    if mask_value is not None and masks is None:
+        raise click.UsageError("--mask-value is for --masks.")
+    if cam_layer is not None and only and not any(fnmatch.fnmatchcase(GRAD_CAM, pattern) for pattern in only):
         raise click.UsageError(f"--cam-layer is for {GRAD_CAM}, which --method leaves out.")
+    if parquet is not None:
+        _require_parquet()
     import torch
     from rich.console import Console
 
-    from parchgrad.evaluation.compare import compare, standard_methods
-    from parchgrad.evaluation.images import mosaics_of
-    from parchgrad.evaluation.report import classes_line, left_out_line, score_table
+    from parchgrad.evaluation.record import settings_of
+    from parchgrad.evaluation.report import classes_line, left_out_line, natural_width, results_table, uncovered_line
+    from parchgrad.evaluation.study import Subject, key_of, study
     from parchgrad.explainer import Explainer
-    from parchgrad.sources import open_source
+    from parchgrad.sources import ListedImages
     from parchgrad.tables import load_table
 
     loaded = load_named_model(model, models_dir)
     rows = load_table(named(table or f"{loaded.name}/{loaded.version}", tables_dir), loaded)
+    if _is_cpu(device):
+        torch.set_num_threads(1)  # the processes use the processors
     explainer = Explainer(loaded, rows, device)
-    methods = standard_methods(
-        explainer, cam_layer=cam_layer, seed=seed, quantile=quantile, gamma=gamma,
-        layers=None if layers is None else list(layers),
+    source = _source(data, loaded, image_column, label_column, labels, boxes)
+    places = _places(boxes, masks, mask_value, source, loaded)
+    effort = _effort(quick, {"curves": curves, "checks": checks, "step": step})
+    methods, unavailable = _methods(explainer, quick, quantiles, gammas, layers, conserve, cam_layer, only, seed)
+    photographs, drawn, notes = _pictures(
+        source, loaded, places, images or (QUICK_IMAGES if quick else IMAGES),
+        (QUICK_MOSAICS if quick else MOSAICS) if mosaics is None else mosaics, seed, images_to_avoid(rows, allow_used),
     )  # fmt: skip
-    if unknown := [name for name in only if name not in methods]:
-        raise click.UsageError(f"--method is {unknown[0]!r}; the rows are {', '.join(methods)}.")
-    methods = {name: maps for name, maps in methods.items() if not only or name in only}
-    source = open_source(data, loaded, image_column=image_column, label_column=label_column)
-    if rows.defaults.selection == "class" and any("ParchGrad" in name for name in methods):
-        rows.rows(torch.tensor(source.classes))  # a class without a row is refused before any work
-    used = images_to_avoid(rows, allow_used)
-    with progress_bar("Reading", "images") as reading:
-        drawn = mosaics_of(source, loaded.preprocessing, mosaics, seed, used=used, progress=reading)
-    if line := left_out_line(drawn.left_out):
+    if line := left_out_line(photographs.left_out):
+        notes.append(line)
+    if drawn is not None:
+        notes.append(classes_line(len(source.classes), rows))
+    if line := uncovered_line(source.targets[photographs.indices].tolist(), rows):
+        notes.append(line)
+    if isinstance(source, ListedImages) and source.unlabelled:
+        notes.append(f"{len(source.unlabelled):,} images have no label and are left out.")
+    for line in notes:
         click.echo(line, err=True)
-    with progress_bar("Evaluating", "maps") as progress:
-        scores = compare(methods, drawn.pictures, batch_size=batch_size, progress=progress)
-    Console().print(score_table(scores, f"{len(drawn.pictures)} mosaics; chance 0.25"))
-    click.echo(classes_line(len(source.classes), rows))
-    if json_file is not None:
-        json_file.write_text(json.dumps([dataclasses.asdict(s) for s in scores], indent=1) + "\n", encoding="utf-8")
+    for missing in unavailable:
+        click.echo(f"{missing.name}: left out. {missing.reason}", err=True)
+    subject = Subject(
+        explainer, methods, () if drawn is None else drawn.pictures, photographs.pictures, loaded.labels,
+        loaded.preprocessing, batch_size, _workers(workers, device, source),
+    )  # fmt: skip
+    settings = settings_of(
+        loaded, rows, source, methods, effort, places=_record(boxes, masks, mask_value, photographs),
+        mosaics=len(subject.mosaics), photographs=len(subject.photographs), seed=seed, batch_size=batch_size,
+        device=device, command=shlex.join(["parchgrad", *sys.argv[1:]]),
+    )  # fmt: skip
+    output = report or json_file or parquet
+    with _journal(output, key_of(settings), restart) as journal:
+        with progress_bar("Evaluating", "forward passes") as progress:
+            results = study(
+                subject, effort, settings, unavailable=unavailable, notes=notes, journal=journal, progress=progress
+            )
+        results = replace(results, settings=settings | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
+        if json_file is not None:
+            results.write_json(json_file)
+        if parquet is not None:
+            results.write_parquet(parquet)
+        if report is not None:
+            _write_report(subject, results, report, each=1 if quick else 2)
+    console = Console()
+    view = results_table(results, console.width if console.is_terminal else None)
+    Console(width=max(console.width if console.is_terminal else 0, natural_width(view))).print(view)
+    for written in filter(None, (report, json_file, parquet)):
+        click.echo(f"Wrote {written}")
+
+
+def _source(
+    data: str, model: Model, image_column: str | None, label_column: str | None, labels: Path | None, boxes: Path | None
+) -> Source:
+    """Class folders or Parquet; images in no class folders where there are labels of them, or boxes with labels."""
+    from parchgrad.sources import open_source
+    from parchgrad.sources.listed import open_listed
+
+    if labels is not None:
+        return open_listed(data, model, labels)
+    if boxes is not None and _is_flat(Path(data)):
+        return open_listed(data, model, boxes)
+    return open_source(data, model, image_column=image_column, label_column=label_column)
+
+
+def _workers(asked: int | None, device: str, source: Source) -> int:
+    """Processes are forked; where that cannot be done it is this one alone."""
+    can_fork = (
+        "fork" in multiprocessing.get_all_start_methods() and _is_cpu(device) and source.start_method in (None, "fork")
+    )
+    if asked is not None and asked > 1 and not can_fork:
+        raise click.UsageError(
+            f"--workers is {asked}; expected 1: processes are forked, which this system, device or data does not allow."
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or (min(MOST_WORKERS, cores) if can_fork else 1)
+
+
+def _is_cpu(device: str) -> bool:
+    return device.partition(":")[0] == "cpu"
+
+
+def _is_flat(root: Path) -> bool:
+    """Whether images lie at the top of a folder."""
+    from parchgrad.sources import IMAGE_SUFFIXES
+
+    return root.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir() if path.is_file())
+
+
+def _places(boxes: Path | None, masks: Path | None, value: int | None, source: Source, model: Model) -> Places | None:
+    from parchgrad.evaluation.photographs import places_of_boxes, places_of_masks
+
+    if boxes is not None:
+        return places_of_boxes(boxes, source, model)
+    return places_of_masks(masks, source, value) if masks is not None else None
+
+
+def _effort(quick: bool, given: Mapping[str, int | None]) -> Effort:
+    from parchgrad.evaluation.study import QUICK, Effort
+
+    said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(QUICK if quick else Effort(), **said)
+
+
+def _methods(
+    explainer: Explainer,
+    quick: bool,
+    quantiles: Sequence[float | tuple[float, float]] | None,
+    gammas: Sequence[float] | None,
+    layers: Sequence[str],
+    conserve: Sequence[str] | None,
+    cam_layer: str | None,
+    only: Sequence[str],
+    seed: int,
+) -> tuple[list[Method], list[Unavailable]]:
+    from parchgrad.evaluation.methods import all_methods
+    from parchgrad.evaluation.tune import ALL, UPPER_HALF, Grid
+
+    grid: list[Defaults] | None = [] if quick else None
+    if quantiles or gammas or layers or conserve:
+        base = explainer.table.defaults
+        if not quantiles and isinstance(base.quantile, Mapping):
+            raise click.UsageError("--quantiles is needed: the table's own differ by layer.")
+        grid = Grid(
+            quantiles=tuple(quantiles or (cast(float, base.quantile),)), gammas=tuple(gammas or (base.gamma,)),
+            layers=tuple(item if item in (ALL, UPPER_HALF) else tuple(item.split(",")) for item in layers)
+            or (base.layers,),
+            conserve=tuple(conserve or ()),
+        ).settings(explainer.table)  # fmt: skip
+    points = QUICK_POINTS if quick else POINTS
+    methods, unavailable = all_methods(
+        explainer, grid=grid, cam_layer=cam_layer, seed=seed, steps=points, samples=points
+    )
+    if not only:
+        return methods, unavailable
+    names = [method.name for method in methods]
+    for missing in unavailable:
+        if missing.name in only:
+            raise click.UsageError(f"--method is {missing.name!r}, which cannot be had here: {missing.reason}")
+    if unknown := [pattern for pattern in only if not fnmatch.filter(names, pattern)]:
+        raise click.UsageError(f"--method is {unknown[0]!r}; the rows are {', '.join(names)}.")
+    return [method for method in methods if any(fnmatch.fnmatchcase(method.name, pattern) for pattern in only)], []
+
+
+def _pictures(
+    source: Source, model: Model, places: Places | None, images: int, mosaics: int, seed: int, used: frozenset[str]
+) -> tuple[Photographs, Mosaics | None, list[str]]:
+    """Photographs, mosaics where there are classes enough for them, and what has to be said of both."""
+    from parchgrad.evaluation.images import mosaics_of
+    from parchgrad.evaluation.photographs import photographs_of
+
+    preprocessing, notes = model.preprocessing, []
+    if preprocessing.rule == "native":
+        preprocessing = replace(preprocessing, rule="stretch")
+        notes.append("The model takes any size; photographs are scaled to its nominal one, to be measured alike.")
+    with progress_bar("Reading", "images") as progress:
+        photographs = photographs_of(source, preprocessing, images, seed, places=places, used=used, progress=progress)
+    if (there := len(photographs.pictures)) < images:
+        notes.append(f"{images:,} photographs were asked for; {there:,} can be had.")
+    if mosaics == 0:
+        return photographs, None, notes
+    if len(source.classes) < 4:
+        notes.append(f"No mosaics: they need images of 4 classes, these are of {len(source.classes)}.")
+        return photographs, None, notes
+    with progress_bar("Reading", "images of mosaics") as progress:
+        drawn = mosaics_of(source, preprocessing, mosaics, seed, spread=True, used=used, progress=progress)
+    return photographs, drawn, notes
+
+
+def _record(boxes: Path | None, masks: Path | None, value: int | None, photographs: Photographs) -> dict[str, Any]:
+    """Where places came from and what became of them."""
+    from dataclasses import asdict
+
+    from parchgrad.files import file_sha256
+
+    if photographs.placed is None:
+        return {}
+    origin = boxes or masks
+    record: dict[str, Any] = {"boxes" if boxes is not None else "masks": str(origin), **asdict(photographs.placed)}
+    if value is not None:
+        record["mask_value"] = value
+    if origin is not None and origin.is_file():
+        record["sha256"] = file_sha256(origin)
+    return record
+
+
+@contextmanager
+def _journal(output: Path | None, key: str, restart: bool) -> Iterator[Any]:
+    """Where findings are kept until `output` is written; Control-C and SIGTERM end the work in order."""
+    from parchgrad.evaluation.journal import Journal, journal_in
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = None if output is None else output.with_name(f".{output.name}.unfinished")
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with nullcontext(Journal()) if folder is None else journal_in(folder, key, restart=restart) as journal:
+            if journal.found:
+                click.echo(f"Going on: {len(journal.found)} pieces of work are done.", err=True)
+            yield journal
+    except KeyboardInterrupt:
+        keeps = "there is nothing to go on from: no output file was named"
+        if folder is not None:
+            keeps = f"'{folder}' keeps what is done, the same command goes on from there"
+        click.echo(f"Interrupted; {keeps}.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_report(subject: Subject, results: Results, path: Path, each: int) -> None:
+    from parchgrad.evaluation.study import cases_of
+    from parchgrad.evaluation_page import write_page
+
+    with progress_bar("Drawing", "pictures") as progress:
+        write_page(results, cases_of(subject, results, each=each, progress=progress), path)
+
+
+def _require_parquet() -> None:
+    """Refused before the work, not after it."""
+    try:
+        import pyarrow  # noqa: F401
+    except ModuleNotFoundError as error:
+        from parchgrad.errors import missing_package
+
+        raise missing_package("--parquet", error) or error from error

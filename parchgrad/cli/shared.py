@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from parchgrad.models import Model
     from parchgrad.tables import SelectionTable
 
+# As shells have it for a process that Control-C ended.
+EXIT_INTERRUPTED = 130
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 MODELS_DIR = click.option(
     "--models-dir", type=FOLDER, default=Path("models"), show_default=True,
@@ -58,6 +61,22 @@ class ListParameter(click.ParamType):  # type: ignore[type-arg]  # generic only 
         if self.length is not None and len(items) != self.length:
             self.fail(f"{value!r} has {len(items)} entries, expected {self.length}", param, ctx)
         return items
+
+
+class QuantileParameter(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.5 on
+    """Comma-separated quantiles; LOWER/UPPER is one for each half of the layers."""
+
+    name = "quantiles"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            parts = [tuple(float(number) for number in item.split("/")) for item in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of numbers or LOWER/UPPER pairs", param, ctx)
+        # One number is itself; a wrong number of them is refused by the grid.
+        return tuple(part[0] if len(part) == 1 else part for part in parts)
 
 
 def load_named_model(name: str, models_dir: Path) -> Model:

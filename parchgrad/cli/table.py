@@ -9,7 +9,7 @@ import sys
 import textwrap
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -25,6 +25,7 @@ from parchgrad.cli.shared import (
     SEED,
     TABLES_DIR,
     ListParameter,
+    QuantileParameter,
     images_to_avoid,
     load_named_model,
     named,
@@ -134,28 +135,12 @@ def table_verify(table: str, as_json: bool, device: str, models_dir: Path, table
         sys.exit(1)
 
 
-class QuantileParameter(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.5 on
-    """Comma-separated quantiles; LOWER/UPPER is one for each half of the layers."""
-
-    name = "quantiles"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            parts = [tuple(float(number) for number in item.split("/")) for item in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a comma-separated list of numbers or LOWER/UPPER pairs", param, ctx)
-        # One number is itself; a wrong number of them is refused by the grid.
-        return tuple(part[0] if len(part) == 1 else part for part in parts)
-
-
 @table_group.command("tune")
 @click.argument("name")
 @HELD_OUT
 @IMAGE_COLUMN
 @LABEL_COLUMN
-@click.option("--quantiles", type=QuantileParameter(), default="0.05,0.1,0.2,0.5,0.5/0.1", show_default=True,
+@click.option("--quantiles", type=QuantileParameter(), default="0.05,0.1,0.2,0.5,0.5/0.1,0.3/0.05", show_default=True,
               help="Shares to try; LOWER/UPPER is one for each half of the layers.")  # fmt: skip
 @click.option("--gammas", type=ListParameter(float), default="inf,3", show_default=True, help="Gammas to try.")
 @click.option("--layers", multiple=True, default=("all", "upper-half"), show_default=True,

@@ -16,6 +16,7 @@ import click
 
 from parchgrad.cli.shared import (
     DEVICE,
+    EXIT_INTERRUPTED,
     IMAGE_COLUMN,
     LABEL_COLUMN,
     MODELS_DIR,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from parchgrad.sources import Source
     from parchgrad.tables import SelectionTable
 
-EXIT_INTERRUPTED = 130
 PURPOSE = "building a table"
 # Seconds between two lines of progress where there is no terminal to draw on.
 LOG_EVERY = 30.0

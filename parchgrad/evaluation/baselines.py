@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor, fx, nn
 
 from parchgrad.errors import OptionError, UnsupportedModelError, missing_package
-from parchgrad.evaluation.compare import Maps
+from parchgrad.evaluation.maps import Maps
 from parchgrad.explainer import Explainer
 from parchgrad.preprocessing import Preprocessing
 from parchgrad.runtimes.pruned.tracing import is_size, trace
@@ -91,7 +91,7 @@ def edge_maps(preprocessing: Preprocessing) -> Maps:
 def grad_cam_maps(explainer: Explainer, layer: str) -> Maps:
     """Grad-CAM (Selvaraju et al. 2017) at the output of module `layer`, by the package grad-cam.
 
-    Unlike captum's (`compare.grad_cam`) each map is stretched to 0..1, so that its smallest value is always 0.
+    Each map is stretched to 0..1, as captum's is not, so that its smallest value is always 0.
     Raises OptionError for a layer that is not there, does not run, or gives no (B, C, h, w); MissingPackageError
     without the package. float32.
     """
@@ -109,20 +109,26 @@ def grad_cam_maps(explainer: Explainer, layer: str) -> Maps:
     def maps(images: Tensor, targets: list[int]) -> Tensor:
         ran = []
 
-        def keep(_: nn.Module, __: object, output: object) -> Tensor:
+        def start(_: nn.Module, __: object, output: object) -> Tensor:
             if not isinstance(output, Tensor) or output.dim() != 4:
                 raise OptionError("layer", layer, "a module whose output is (B, C, h, w)")
             ran.append(output)
+            return output.detach().requires_grad_()  # nobody asks for gradients further down
+
+        def keep(_: nn.Module, __: object, output: Tensor) -> Tensor:
             return output.clone()  # an in-place activation after it would overwrite what grad-cam has kept
 
         def check(*_: object) -> None:
             if not ran:
                 raise OptionError("layer", layer, "a module that runs in prediction")
 
-        # Not a leaf, so that a network may write into it.
-        here = images.to(explainer.device, copy=True).requires_grad_().clone()
+        here = images.to(explainer.device, copy=True)
         method = GradCAM(network, [module])
-        handles = [module.register_forward_hook(keep), network.register_forward_hook(check)]
+        handles = [
+            module.register_forward_hook(start, prepend=True),
+            module.register_forward_hook(keep),
+            network.register_forward_hook(check),
+        ]
         try:
             return torch.from_numpy(method(here, [ClassifierOutputTarget(target) for target in targets]))
         finally:

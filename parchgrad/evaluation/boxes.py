@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -24,6 +25,7 @@ from parchgrad.preprocessing import Placement
 
 Mask = NDArray[np.bool_]  # (h, w)
 Name = str | os.PathLike[str]
+Entry = TypeVar("Entry")
 
 # Of one annotation of one image: hundreds of boxes have some 100 KB.
 LARGEST_XML = 16 * 2**20
@@ -300,37 +302,44 @@ def _size(where: str, texts: list[str | None] | list[str]) -> tuple[int, int] | 
 
 
 def boxes_by_image(annotations: Mapping[str, Annotation], names: Iterable[str]) -> dict[str, Annotation]:
-    """Of each of the images `names`, paths with `/`, its annotation; an image that has none is not in the result.
+    """Of each of the images `names`, paths with `/`, its annotation; see `by_image`."""
+    return by_image(annotations, names, "boxes")
 
-    An image and an annotation belong together if their names are equal, or are without the image's ending, or are
-    so in their last part. Raises DataError where that fits two annotations of one image, or two images of one
-    annotation: boxes of another image would be measured against.
+
+def by_image(entries: Mapping[str, Entry], names: Iterable[str], what: str) -> dict[str, Entry]:
+    """Of each of the images `names`, paths with `/`, its entry; an image that has none is not in the result.
+
+    An image and an entry belong together if their names are equal, or are without the image's ending, or are so in
+    their last part. Raises DataError where that fits two entries of one image, or two images of one entry: what is
+    said of another image would be measured against. `what` the entries are, in the plural, is for its message.
     """
     by_last: dict[str, list[str]] = {}
-    for key in annotations:
+    for key in entries:
         by_last.setdefault(PurePosixPath(key).name, []).append(key)
     chosen: dict[str, str] = {}
     claimed: dict[str, str] = {}
     for name in names:
-        found = _key(name, annotations, by_last)
+        found = _key(name, entries, by_last, what)
         if found is None:
             continue
         other = claimed.setdefault(found, name)
         if other != name:
-            raise DataError(f"Boxes of '{found}' fit the images '{other}' and '{name}'; expected one of them.")
+            raise DataError(
+                f"{what.capitalize()} of '{found}' fit the images '{other}' and '{name}'; expected one of them."
+            )
         chosen[name] = found
-    return {name: annotations[key] for name, key in chosen.items()}
+    return {name: entries[key] for name, key in chosen.items()}
 
 
-def _key(name: str, annotations: Mapping[str, Annotation], by_last: Mapping[str, list[str]]) -> str | None:
+def _key(name: str, entries: Mapping[str, Entry], by_last: Mapping[str, list[str]], what: str) -> str | None:
     path = PurePosixPath(name)
     for candidate in (name, path.with_suffix("").as_posix()):
-        if candidate in annotations:
+        if candidate in entries:
             return candidate
     for candidate in (path.name, path.stem):
         keys = by_last.get(candidate, [])
         if len(keys) > 1:
-            raise DataError(f"Image '{name}' fits the boxes of '{keys[0]}' and '{keys[1]}'; expected one of them.")
+            raise DataError(f"Image '{name}' fits the {what} of '{keys[0]}' and '{keys[1]}'; expected one of them.")
         if keys:
             return keys[0]
     return None

@@ -30,11 +30,20 @@ Progress = Callable[[int, int], None]  # done, total
 
 @dataclass(frozen=True)
 class Picture:
-    """A normalised image `(3, h, w)`, the class to explain, and where it is, bool `(h, w)`."""
+    """A normalised image `(3, h, w)`, the class to explain, and where it is, bool `(h, w)`, if that is known."""
 
     image: Tensor
     target: int
-    mask: NDArray[np.bool_]
+    mask: NDArray[np.bool_] | None = None
+    name: str = ""  # no other of its sequence has it: 'n01440764/a.JPEG', 'mosaic 17'
+    group: str = ""  # name of the photograph that the target is of: pictures of one are not independent
+
+    @property
+    def place(self) -> NDArray[np.bool_]:
+        """The mask, for what cannot do without. Raises DataError where there is none."""
+        if self.mask is None:
+            raise DataError(f"Picture '{self.name}' has no mask; expected one, to measure where its target is.")
+        return self.mask
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,15 @@ def mosaics_of(
     count: int,
     seed: int,
     *,
+    spread: bool = False,
     used: Set[str] = frozenset(),
     progress: Progress | None = None,
 ) -> Mosaics:
     """`count` mosaics of the source's images, four different classes each; the target is one of the four.
 
     An image that was drawn and cannot be read, or whose digest is in `used` (hexadecimal, `used_digests` of
-    evidence.py), is replaced by another of its class: without such images the mosaics are `mosaics.draw`'s.
+    evidence.py), is replaced by another of its class: without such images the mosaics are `mosaics.draw`'s. With
+    `spread`, all images of a class that can be used are in as many mosaics, or one more: few mosaics share any.
     Each drawn image is looked at once, here; the pictures are made when asked for, so that memory does not
     grow with their number; `progress(done, total)` counts the drawn images. Raises DataError for fewer than 4
     classes, and where a class has no image left.
@@ -77,16 +88,19 @@ def mosaics_of(
     if preprocessing.rule == "native":
         # Images of one size fit together; the model takes any.
         preprocessing = replace(preprocessing, rule="stretch")
-    drawn, quarters = mosaics.draw(source.targets, count, seed)
-    verdicts = _Verdicts(source, used)
+    drawn, quarters = mosaics.draw(source.targets, count, seed, spread=spread)
+    verdicts = Verdicts(source, used)
     verdicts.look(drawn.ravel().tolist(), progress)
-    indices = _replaced(drawn, source, verdicts, seed)
+    indices = _replaced(drawn, source, verdicts, seed, spread)
 
     def picture(number: int) -> Picture:
-        images = [preprocessing.apply(_decoded(source, int(i)))[0] for i in indices[number]]
+        images = [preprocessing.apply(decoded(source, int(i)))[0] for i in indices[number]]
         quarter = int(quarters[number])
         mask = mosaics.quarter_mask(images[0].shape[1], images[0].shape[2], quarter)
-        return Picture(mosaics.four(images), int(source.targets[indices[number][quarter]]), mask)
+        index = int(indices[number][quarter])
+        return Picture(
+            mosaics.four(images), int(source.targets[index]), mask, name=f"mosaic {number}", group=source.name(index)
+        )
 
     return Mosaics(LazyPictures(count, picture), verdicts.left_out())
 
@@ -106,7 +120,7 @@ def usable(
     is left out. `progress(done, total)` counts images found.
     """
     generator = np.random.default_rng([seed, 4])
-    verdicts, chosen, left = _Verdicts(source, used), [], []
+    verdicts, chosen, left = Verdicts(source, used), [], []
     sizes = {target: int((source.targets == target).sum()) for target in source.classes}
     done, total = 0, sum(min(enough, size) for size in sizes.values())
     for target, size in sizes.items():
@@ -131,12 +145,15 @@ def usable(
     return source.take(sorted(chosen)), replace(verdicts.left_out(), classes=tuple(left))
 
 
-class _Verdicts:
-    """What is known of a source's images: `fine`, `used` or `unreadable`, by index."""
+class Verdicts:
+    """What is known of a source's images: `fine`, `used` or `unreadable`, by index.
 
-    def __init__(self, source: Source, used: Set[str]) -> None:
+    Each that is looked at is read once; `seen(index, image)` gets the fine ones' pixels.
+    """
+
+    def __init__(self, source: Source, used: Set[str], seen: Callable[[int, Image], None] | None = None) -> None:
         self.known: dict[int, str] = {}
-        self._source, self._used = source, used
+        self._source, self._used, self._seen = source, used, seen
 
     def left_out(self) -> LeftOut:
         return LeftOut(self._names("used"), self._names("unreadable"), len(self.known))
@@ -163,14 +180,21 @@ class _Verdicts:
         if digest_of(encoded).hex() in self._used:
             return "used"
         try:
-            decode_image(encoded, self._source.name(index))
+            image = decode_image(encoded, self._source.name(index))
         except DataError:
             return "unreadable"
+        if self._seen is not None:
+            self._seen(index, image)
         return "fine"
 
 
-def _replaced(drawn: NDArray[np.int64], source: Source, verdicts: _Verdicts, seed: int) -> NDArray[np.int64]:
-    """`drawn` `(count, 4)` with every image that is not fine replaced by one of its class that is."""
+def _replaced(
+    drawn: NDArray[np.int64], source: Source, verdicts: Verdicts, seed: int, spread: bool
+) -> NDArray[np.int64]:
+    """`drawn` `(count, 4)` with every image that is not fine replaced by one of its class that is.
+
+    With `spread`, by one that is in the fewest mosaics.
+    """
     generator = np.random.default_rng([seed, 1])
     indices = drawn.copy()
     for place in np.ndindex(*drawn.shape):
@@ -179,6 +203,8 @@ def _replaced(drawn: NDArray[np.int64], source: Source, verdicts: _Verdicts, see
         target = int(source.targets[drawn[place]])
         # In a new order each time, so that one image does not stand in for all that are missing.
         others = generator.permutation(np.flatnonzero(source.targets == target)).tolist()
+        if spread:
+            others.sort(key=lambda index: np.count_nonzero(indices == index))
         fine = next((index for index in others if verdicts.fine(index)), None)
         if fine is None:
             found = [verdicts.known[index] for index in others]
@@ -190,7 +216,8 @@ def _replaced(drawn: NDArray[np.int64], source: Source, verdicts: _Verdicts, see
     return indices
 
 
-def _decoded(source: Source, index: int) -> Image:
+def decoded(source: Source, index: int) -> Image:
+    """An image of a source, upright RGB. Raises DataError."""
     (encoded,) = source.read([index])
     if isinstance(encoded, DataError):
         raise encoded
@@ -205,6 +232,10 @@ class LazyPictures(Sequence[Picture]):
 
     def __len__(self) -> int:
         return self._count
+
+    def first(self, count: int) -> LazyPictures:
+        """The first `count`, or all if there are fewer; a slice would make them all at once."""
+        return LazyPictures(min(count, self._count), self._make)
 
     @overload
     def __getitem__(self, index: int) -> Picture: ...

@@ -1,13 +1,24 @@
-"""Metrics of one saliency map, knowing neither model nor method. Maps are non-negative `(h, w)` arrays."""
+"""Metrics of one saliency map, knowing neither model nor method, and the type `Maps` of what makes maps.
+
+A map is a non-negative `(h, w)` array.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Images (B, 3, h, w), their targets -> saliency maps (B, h, w); NaN for a target that is not answered.
+Maps: TypeAlias = "Callable[[Tensor, list[int]], Tensor]"
 
 
 def mass_share(saliency: ArrayLike, mask: ArrayLike) -> float:

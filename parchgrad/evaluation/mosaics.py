@@ -27,18 +27,28 @@ def quarter_mask(height: int, width: int, quarter: int) -> NDArray[np.bool_]:
     return mask
 
 
-def draw(rows: NDArray[np.int64], count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def draw(
+    rows: NDArray[np.int64], count: int, seed: int, *, spread: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose the images of `count` mosaics from images whose classes are `rows` `(n,)`.
 
     Returns image indices `(count, 4)`, four different classes each, and which of the four is the target,
-    `(count,)`, taken in turn so that every place is tested equally often.
+    `(count,)`, taken in turn so that every place is tested equally often. With `spread`, no image of a class is in a
+    second mosaic before all of them are in one; otherwise each is drawn whether or not it was before.
     """
     generator = np.random.default_rng(seed)
     classes = np.unique(rows)
     if len(classes) < 4:
         raise ValueError(f"mosaics need images of at least 4 classes, got {len(classes)}")
-    chosen = [
-        [generator.choice(np.flatnonzero(rows == c)) for c in generator.choice(classes, 4, replace=False)]
-        for _ in range(count)
-    ]
+    left: dict[int, list[int]] = {}
+
+    def member(target: int) -> int:
+        members = np.flatnonzero(rows == target)
+        if not spread:
+            return int(generator.choice(members))
+        if not left.get(target):
+            left[target] = generator.permutation(members).tolist()
+        return left[target].pop()
+
+    chosen = [[member(c) for c in generator.choice(classes, 4, replace=False)] for _ in range(count)]
     return np.array(chosen), np.arange(count) % 4

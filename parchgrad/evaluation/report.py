@@ -1,4 +1,4 @@
-"""Scores and grids as tables for the terminal, and what has to be said with them."""
+"""Results and grids as tables for the terminal, and what has to be said with them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,63 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from parchgrad.evaluation.compare import Score
 from parchgrad.evaluation.images import LeftOut
+from parchgrad.evaluation.measures import Measure
+from parchgrad.evaluation.results import Cell, Results
 from parchgrad.evaluation.tune import FEWEST_IMAGES, Interval, Row, TuneResult, setting_words
 from parchgrad.tables import SelectionTable
 
 # Columns a narrow terminal does without, the first to go first.
 DISPENSABLE = ("over gradient", "kept", "hits")
 
+# Measures of the terminal's table, the most telling first.
+TOLD = (
+    "mosaic_mass", "mosaic_hits", "object_mass", "object_hits", "insertion", "deletion", "road", "cascade", "gini",
+    "log_odds_gap", "max_sensitivity",
+)  # fmt: skip
+
 INTERVALS = "95 % intervals: t, of hits Wilson"
 
 
-def score_table(scores: Sequence[Score], title: str) -> Table:
-    """One row a method: mass and hits with their standard errors, Gini."""
-    view = Table("method", "mass", "hits", "Gini", title=title, caption="± one standard error")
-    for s in scores:
-        mass, hits = f"{s.mass:.3f} ± {s.mass_error:.3f}", f"{s.hits:.3f} ± {s.hits_error:.3f}"
-        view.add_row(s.method, mass, hits, f"{s.gini:.2f}")
+def results_table(results: Results, width: int | None = None) -> Table:
+    """One row a method, its cost, and by measure the mean and half of its 95 % interval; * beyond the gradient's.
+
+    Measures are left out, the last ones first, until it is no wider than `width` characters.
+    """
+    measures = [measure for key in TOLD for measure in results.measures if measure.key == key]
+    for count in range(len(measures), 0, -1):
+        view = _results(results, measures[:count])
+        if width is None or natural_width(view) <= width:
+            return view
+    return _results(results, measures[:1])
+
+
+def _results(results: Results, measures: Sequence[Measure]) -> Table:
+    caption = (
+        "passes: prediction and map over a prediction; ± half of the 95 % interval; * differs from the plain gradient "
+        "beyond the interval of the difference"
+    )
+    view = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    view.add_column("", no_wrap=True)
+    for heading in ("passes", *(f"{_kind(measure)}{measure.title}" for measure in measures)):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for row in results.rows:
+        cost = "" if row.cost is None else f"{row.cost.passes:.1f}"
+        view.add_row(row.name, cost, *(_cell(results.cells[m.key].get(row.name)) for m in measures))
     return view
+
+
+def _kind(measure: Measure) -> str:
+    """Tells apart what has the same name of mosaics and of boxes."""
+    return {"mosaics": "mosaic ", "objects": "object "}.get(measure.section, "")
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    found = cell.interval
+    half = (found.high - found.low) / 2
+    return f"{found.mean:.3f}" + (f" ±{half:.3f}" if half == half else "") + ("*" if cell.distinct else " ")
 
 
 def grid_table(result: TuneResult, names: Sequence[str], width: int | None = None) -> Table:
@@ -90,6 +129,17 @@ def classes_left_out_line(left_out: LeftOut, table: SelectionTable) -> str | Non
     shown = ", ".join(f"{index} ({table.labels[index]})" for index in left_out.classes[:5])
     more = f" and {len(left_out.classes) - 5:,} more" if len(left_out.classes) > 5 else ""
     return f"Left out, with fewer than {FEWEST_IMAGES} usable images: class {shown}{more}."
+
+
+def uncovered_line(targets: Sequence[int], table: SelectionTable) -> str | None:
+    """How many photographs, of these targets, class-wise selection can answer; None where it is all."""
+    covered = sum(target in table.classes for target in targets)
+    if covered == len(targets):
+        return None
+    return (
+        f"The table has rows for the classes of {covered:,} of the {len(targets):,} photographs: class-wise maps are "
+        "measured on these only, and are missing elsewhere."
+    )
 
 
 def left_out_line(left_out: LeftOut) -> str | None:

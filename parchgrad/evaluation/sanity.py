@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from parchgrad.errors import OptionError, UnsupportedModelError
-from parchgrad.evaluation.compare import Maps, random_control
-from parchgrad.evaluation.maps import agreement
+from parchgrad.evaluation.controls import random_control, shuffled_classes
+from parchgrad.evaluation.maps import Maps, agreement
 from parchgrad.explainer import Explainer
 from parchgrad.runtimes.view import private_view
-from parchgrad.tables import SelectionTable
 
 Floats = NDArray[np.float64]
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, K)
@@ -54,7 +53,7 @@ class EntropyRise:
 class Cascade:
     """Model-parameter randomisation test: the layers from the top, and what is left of the map below each."""
 
-    layers: tuple[str, ...]  # (L,): the last to be randomised, the ones before it in the tuple were too
+    layers: tuple[str, ...]  # (L,): each with all that run after it
     similarity: Floats  # (L, B): Spearman's rank correlation with the model's map
 
 
@@ -170,6 +169,7 @@ def cascade(
     images: Tensor,
     targets: list[int],
     *,
+    depths: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> Cascade:
@@ -179,16 +179,23 @@ def cascade(
     `reset_parameters`, as before training; the values of one that has none are shuffled. A layer's draw depends on
     `seed` and its place alone, so each step keeps what the one before drew. An explanation's similarity falls towards
     0; a method that ignores the model has 1 throughout. NaN where a map is the same everywhere (`maps.agreement`).
-    The caller's model is untouched: `maps_of` is given copies. Takes one round of maps a layer.
+    The caller's model is untouched: `maps_of` is given copies. Takes one round of maps a layer; `depths` at most,
+    spread evenly from the logits' layer to all of them, where it is given. Raises OptionError.
     """
+    if depths is not None and depths < 1:
+        raise OptionError("depths", depths, "an integer of at least 1")
     view = private_view(module)
     layers = _layers(view, images)
+    all_depths = list(range(1, len(layers) + 1))
+    if depths is not None and depths < len(layers):
+        all_depths = sorted({round(depth) for depth in np.linspace(len(layers), 1, depths).tolist()})
     before = _flat_maps(maps_of(copy.deepcopy(view)), images, targets, batch_size)
     similarity = []
-    for depth in range(1, len(layers) + 1):
+    for depth in all_depths:
         after = _flat_maps(maps_of(_randomised(view, layers[:depth], seed)), images, targets, batch_size)
         similarity.append(_similarity(after, before))
-    return Cascade(layers, np.array(similarity).reshape(len(layers), len(images)))
+    reached = tuple(layers[depth - 1] for depth in all_depths)
+    return Cascade(reached, np.array(similarity).reshape(len(reached), len(images)))
 
 
 def table_randomisation(
@@ -204,7 +211,7 @@ def table_randomisation(
     """What is left of the map when the table means nothing: ours, after Adebayo et al. 2018.
 
     Similarity with the map of `explainer`'s own table under the same `options`: with each class's rows given to
-    another class, and with each class's channels in random order (`compare.random_control`). Near 1, the map does
+    another class, and with each class's channels in random order (`controls.random_control`). Near 1, the map does
     not come from the table's choice; the smaller, the more of it does. A plain method has 1, as has instance-wise
     selection, which does not ask the rows. Some similarity is left to every method: the gradient it starts from is
     the same. NaN where a map is the same everywhere. Raises OptionError for a table of fewer than two classes.
@@ -219,28 +226,6 @@ def table_randomisation(
 
     before = maps(explainer)
     return TableRandomisation(*(_similarity(maps(control), before) for control in controls))
-
-
-def shuffled_classes(explainer: Explainer, seed: int) -> Explainer:
-    """The same model and table, but each class has the rows of another, drawn from `seed`; none keeps its own."""
-    table = explainer.table
-    if len(table.classes) < 2:
-        raise OptionError("classes", list(table.classes), "a table of at least two classes, to shuffle them")
-    order = np.random.default_rng(seed).permutation(len(table.classes))
-    of = np.empty_like(order)
-    of[order] = np.roll(order, 1)  # one cycle through all classes
-    rows = torch.from_numpy(of)
-    layers = {n: replace(layer, rank=layer.rank[rows], log_p=layer.log_p[rows]) for n, layer in table.layers.items()}
-    control: SelectionTable = replace(
-        table,
-        name="shuffled classes",
-        built={"by": "shuffled classes", "seed": seed},
-        layers=layers,
-        images_per_class=tuple(table.images_per_class[row] for row in of),
-        table_sha256="",
-        folder=None,
-    )
-    return Explainer(explainer.model, control, explainer.device)
 
 
 def _layers(view: nn.Module, images: Tensor) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ from scipy import stats
 import parchgrad
 from parchgrad.defaults import Defaults
 from parchgrad.errors import DataError, OptionError, TableError
-from parchgrad.evaluation.compare import measure, random_control
+from parchgrad.evaluation.controls import random_control
 from parchgrad.evaluation.images import LeftOut, Picture, Progress, mosaics_of, usable
+from parchgrad.evaluation.maps import mass_share, pointing_hit
 from parchgrad.explainer import Explainer
 from parchgrad.options import Options
 from parchgrad.patterns import match
@@ -71,7 +72,7 @@ class Grid:
     order.  layers: `all`, `upper-half`, or a tuple of glob patterns.  conserve: empty = the table's default.
     """
 
-    quantiles: tuple[float | tuple[float, float], ...] = (0.05, 0.1, 0.2, 0.5, (0.5, 0.1))
+    quantiles: tuple[float | tuple[float, float], ...] = (0.05, 0.1, 0.2, 0.5, (0.5, 0.1), (0.3, 0.05))
     gammas: tuple[float, ...] = (math.inf, 3.0)
     layers: tuple[str | tuple[str, ...], ...] = (ALL, UPPER_HALF)
     conserve: tuple[str, ...] = ()
@@ -85,7 +86,7 @@ class Grid:
             if not getattr(self, name):
                 raise OptionError(name, getattr(self, name), "at least one value")
         names, current = table.layer_names, table.defaults
-        found = {_effect(current, table): current}
+        found = {effect_of(current, table): current}
         for quantile, gamma, layers, conserve in product(
             self.quantiles, self.gammas, self.layers, self.conserve or (current.conserve,)
         ):
@@ -94,7 +95,7 @@ class Grid:
             # Made to be refused here if it is no option.
             Options(quantile=value, gamma=gamma, layers=patterns, conserve=conserve)
             setting = replace(current, quantile=value, gamma=float(gamma), layers=patterns, conserve=conserve)
-            found.setdefault(_effect(setting, table), setting)
+            found.setdefault(effect_of(setting, table), setting)
         return list(found.values())
 
 
@@ -406,7 +407,8 @@ class _Race:
                     part = members[start : start + self._batch_size]
                     maps = _maps(explainer, picture, [contenders[i].defaults for i in part])
                     for i, saliency in zip(part, maps, strict=True):
-                        scores[i, number] = measure(saliency, picture.mask)[:2]
+                        found = mass_share(saliency, picture.place), pointing_hit(saliency, picture.place)
+                        scores[i, number] = np.nan_to_num(found)  # a map without mass has none there
                     counted.add(len(part))
         return scores
 
@@ -477,7 +479,7 @@ def _quantile(quantile: float | tuple[float, float], active: Sequence[str], name
     return {**{glob.escape(name): lower for name in active if name in below}, "*": upper}
 
 
-def _effect(setting: Defaults, table: SelectionTable) -> tuple[object, ...]:
+def effect_of(setting: Defaults, table: SelectionTable) -> tuple[object, ...]:
     """What a setting comes to: channels selected in each layer (None: the rule does not act), gamma, conserve."""
     return (*_counts(setting, table).values(), float(setting.gamma), setting.conserve)
 

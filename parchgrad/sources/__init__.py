@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 
 from parchgrad.errors import DataError
 from parchgrad.sources.folder import IMAGE_SUFFIXES, ImageFolder
+from parchgrad.sources.listed import ListedImages, open_listed
 from parchgrad.sources.parquet import ParquetImages
 from parchgrad.sources.storage import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from parchgrad.models import Model
 
-__all__ = ["IMAGE_SUFFIXES", "TABLE_SUFFIXES", "Encoded", "ImageFolder", "ParquetImages", "Source", "open_source"]
+__all__ = [
+    "IMAGE_SUFFIXES", "TABLE_SUFFIXES", "Encoded", "ImageFolder", "ListedImages", "ParquetImages", "Source",
+    "open_listed", "open_source",
+]  # fmt: skip
 
 Encoded = bytes
 

@@ -47,7 +47,7 @@ class ImageFolder:
             index = _class_of(folder, model)
             if index in files:
                 raise DataError(f"'{folder}' is a second folder of class {index} ({model.labels[index]}).")
-            files[index] = sorted(_images(folder))
+            files[index] = sorted(images_below(folder, root))
             if (found := len(files[index])) < least_images:
                 raise DataError(
                     f"Class folder '{folder}' holds {found} image(s); a class needs at least {least_images}."
@@ -122,12 +122,13 @@ class ImageFolder:
             raise DataError(f"File '{self.path(index)}' cannot be read: {error}.") from error
 
 
-def _images(folder: Path) -> list[str]:
-    """Image files in and below a class folder, named from the folder's parent; links to folders are not followed."""
+def images_below(folder: Path, root: Path) -> list[str]:
+    """Image files in and below a folder, named from `root`, in any order; links to folders are not followed."""
     found: list[str] = []
     for here, _, names in os.walk(folder):
-        prefix = os.path.relpath(here, folder.parent).replace(os.sep, "/")
-        found += [f"{prefix}/{name}" for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        prefix = os.path.relpath(here, root).replace(os.sep, "/") + "/"
+        prefix = "" if prefix == "./" else prefix
+        found += [f"{prefix}{name}" for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return found
 
 

@@ -80,14 +80,15 @@ class Labels:
             if label is None:
                 raise DataError(f"{where} has no label (null), expected a class of the model.")
             classes[position] = (
-                self._class_of(label, where)
+                self.class_of(label, where)
                 if names is None or isinstance(label, str)
                 else (self._class_of_number(label, names, where, file))
             )
         found: NDArray[np.int64] = classes[positions]
         return found
 
-    def _class_of(self, label: str | int, where: str) -> int:
+    def class_of(self, label: str | int, where: str) -> int:
+        """The class of which a label is name, id or index; `where` it stands is for the message. Raises DataError."""
         if label not in self._known:
             if label in self._ambiguous:
                 raise DataError(
@@ -112,7 +113,7 @@ class Labels:
             return list(range(len(names)))  # in the model's order, even where two share a name
         found: list[int] = []
         for number, name in enumerate(names):
-            index = self._class_of(name, f"Label {number} of file '{file}'")
+            index = self.class_of(name, f"Label {number} of file '{file}'")
             if index in found:
                 other = names[found.index(index)]
                 raise DataError(f"File '{file}' has classes '{other}' and '{name}', both class {index} of the model.")

@@ -309,5 +309,5 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, make):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=rf"{package}.*parchgrad\[bench\]"):
+    with pytest.raises(MissingPackageError, match=rf"{package}.*parchgrad\[evaluate\]"):
         make(explainer_of(build()))

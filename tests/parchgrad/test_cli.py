@@ -129,17 +129,17 @@ def test_an_unreadable_image_leaves_the_others_explained(project, tmp_path):
 def test_evaluate_prints_the_comparison_and_writes_it(project, tmp_path):
     _, where, _ = project
     written = tmp_path / "scores.json"
-    options = ("--mosaics", 4, "--cam-layer", "features", "--json", written)
+    options = ("--quick", "--mosaics", 4, "--cam-layer", "features", "--workers", 1, "--json", written)
     printed = output("evaluate", "tiny", "--data", write_images(tmp_path / "held_out", 4, seed=1), *options, *where)
-    methods = [score["method"] for score in json.loads(written.read_text())]
-    assert methods == [
+    methods = [row["name"] for row in json.loads(written.read_text())["methods"]]
+    assert {
+        "random map",
         "gradient",
-        "input x gradient",
-        "integrated gradients (25)",
+        "integrated gradients",
         "Grad-CAM",
         "ParchGrad",
         "ParchGrad, random channels",
-    ]
+    } <= set(methods)
     assert all(name in printed for name in methods)
 
 

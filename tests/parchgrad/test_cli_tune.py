@@ -78,7 +78,7 @@ class Place:
         return invoke("table", "tune", "colours", *data, *options, *self.where, columns=columns)
 
     def evaluate(self, *options):
-        data = ("--data", self.built / "held_out", "--mosaics", 4)
+        data = ("--data", self.built / "held_out", "--mosaics", 4, "--quick", "--workers", 1)
         return invoke("evaluate", "colours", *data, *options, *self.where)
 
     def show(self, *options):
@@ -194,11 +194,10 @@ def test_show_refuses_options_of_the_page_without_a_page(place, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--quantile", "0"), "Invalid value for '--quantile'"),
-        (("--quantile", "1.5"), "Invalid value for '--quantile'"),
-        (("--gamma", "-1"), "Invalid value for '--gamma'"),
+        (("--quantiles", "a"), "Invalid value for '--quantiles'"),
+        (("--gammas", "a"), "Invalid value for '--gammas'"),
         (("--method", "gradient", "--cam-layer", "detect"), "--cam-layer is for Grad-CAM, which --method leaves out"),
-        (("--method", "Grad-CAM"), "--method is 'Grad-CAM'"),
+        (("--method", "GradCAM"), "--method is 'GradCAM'"),
     ],
 )
 def test_evaluate_refuses(place, options, message):
@@ -208,7 +207,8 @@ def test_evaluate_refuses(place, options, message):
 
 
 def test_evaluate_takes_gamma_without_an_upper_end_and_grad_cam_alone(place):
-    assert place.evaluate("--gamma", "inf", "--quantile", "1").exit_code == 0
+    ours = ("--method", "ParchGrad, q 1")
+    assert place.evaluate("--gammas", "inf", "--quantiles", "1", *ours).exit_code == 0
     result = place.evaluate("--method", "Grad-CAM", "--cam-layer", "detect")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "Grad-CAM" in result.stdout

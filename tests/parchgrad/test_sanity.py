@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from parchgrad.errors import OptionError, UncoveredTargetError, UnsupportedModelError
-from parchgrad.evaluation.compare import random_control
+from parchgrad.evaluation.controls import random_control, shuffled_classes
 from parchgrad.evaluation.sanity import (
     cascade,
     completeness_gap,
     entropy_rise,
     histogram_entropy,
     max_sensitivity,
-    shuffled_classes,
     table_randomisation,
 )
 from parchgrad.explainer import Explainer

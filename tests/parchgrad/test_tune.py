@@ -165,6 +165,16 @@ def test_every_row_is_the_mean_of_one_map_at_a_time(explainer, source, criterion
     assert kinds.count("random") == kinds.count("gradient") == 1
 
 
+def test_a_map_without_mass_has_none_in_the_target_and_does_not_point_there(explainer, source, monkeypatch):
+    def nothing(_, picture, settings):
+        return np.zeros((len(settings), *picture.image.shape[1:]))
+
+    monkeypatch.setattr(tune_module, "_maps", nothing)
+    result = tuned(explainer, source)
+    assert {(row.mass.mean, row.hits.mean) for row in result.rows} == {(0, 0)}
+    assert result.chosen == explainer.table.defaults
+
+
 def test_batches_change_nothing(explainer, source):
     one, many = (tuned(explainer, source, batch_size=size) for size in (1, 64))
     assert one.chosen == many.chosen

@@ -26,13 +26,30 @@ def test_the_table_covers_the_ten_classes_of_the_photographs(repository, real_mo
 def test_on_mosaics_parchgrad_finds_the_target_and_random_channels_do_not(repository, real_model, tmp_path):
     """Share of the map's mass in the target's quarter, 100 mosaics of four validation photographs, chance 0.25."""
     written = tmp_path / "scores.json"
-    options = ["--mosaics", "100", "--quantile", "0.1", "--gamma", "inf", "--json", str(written)]
+    options = ["--mosaics", "100", "--images", "8", "--curves", "0", "--checks", "0", "--json", str(written)]
     methods = ["--method", "gradient", "--method", "ParchGrad", "--method", "ParchGrad, random channels"]
     print(run(["evaluate", real_model, "--data", str(VALIDATION), *options, *methods, *repository.arguments]))
-    mass = {score["method"]: score["mass"] for score in json.loads(written.read_text())}
+    cells = json.loads(written.read_text())["cells"]["mosaic_mass"]
+    mass = {name: cell["interval"]["mean"] for name, cell in cells.items()}
     assert 0.31 <= mass["gradient"] <= 0.42
     assert mass["ParchGrad"] >= 0.58
     assert mass["ParchGrad, random channels"] <= mass["gradient"]
+    assert cells["ParchGrad"]["distinct"]
+
+
+def test_on_boxes_of_photographs_in_one_folder(repository, real_model, tmp_path):
+    """ILSVRC's validation photographs lie in no class folders; their boxes say the class, hardly one in the table."""
+    data, page, written = DATA / "imagenet_val", tmp_path / "out.html", tmp_path / "out.json"
+    methods = ["--method", "random map", "--method", "Grad-CAM", "--method", "ParchGrad, instance-wise"]
+    effort = ["--images", "24", "--mosaics", "0", "--curves", "1", "--step", "3136", "--checks", "1"]
+    where = ["--data", str(data), "--boxes", str(data / "boxes.csv"), *repository.arguments]
+    run(["evaluate", real_model, *where, *effort, *methods, "--report", str(page), "--json", str(written)])
+    read = json.loads(written.read_text())
+    assert read["settings"]["places"]["with_place"] == 24
+    cells = {name: cell["interval"]["mean"] for name, cell in read["cells"]["object_density"].items()}
+    assert cells["random map"] == pytest.approx(1, abs=0.02)
+    assert cells["Grad-CAM"] > 1.1
+    assert "Grad-CAM" in page.read_text(encoding="utf-8")
 
 
 @pytest.fixture
