@@ -179,7 +179,7 @@ class Explainer:
             "noise": noise, "noise_seed": noise_seed,
         }  # fmt: skip
         options = per_image(len(images), self.table.defaults, given)
-        self.require_statistics(options)
+        self.require_statistics(options, images.shape[1:])
         chosen = self._target_indices(targets, len(images))
         plan = self._plan(options)
         if uncovered == "raise":
@@ -327,7 +327,9 @@ class Explainer:
         self, attributions: Tensor, logits: Tensor, baseline: Tensor, targets: Tensor, options: list[Options]
     ) -> Tensor:
         """Sum of attribution minus (score at image - score at baseline); NaN where completeness does not hold."""
-        plain = torch.tensor([o.method == "integrated_gradients" and not o.rule for o in options])
+        plain = torch.tensor(
+            [o.method == "integrated_gradients" and not o.rule and o.seed != "evidence" for o in options]
+        )
         gap = torch.full((len(options),), math.nan, dtype=attributions.dtype, device=attributions.device)
         if bool(plain.any()):
             weighted = torch.tensor([o.seed == "probability_weighted_logit" for o in options]).to(self.device)
@@ -370,6 +372,7 @@ class Explainer:
             normality_filter=torch.tensor([o.normality_filter for o in options]),
             guided=torch.tensor([o.method == "guided_backprop" for o in options]),
             probability_weighted=torch.tensor([o.seed == "probability_weighted_logit" for o in options]),
+            evidence=torch.tensor([o.seed == "evidence" for o in options]),
         )
 
     def _require(self, covered: Tensor, targets: Tensor) -> None:
@@ -391,14 +394,23 @@ class Explainer:
             raise OptionError("images", images.dtype, f"{self._runtime.dtype}, as the model's weights")
         return images
 
-    def require_statistics(self, options: Sequence[Options]) -> None:
-        """Raises OptionError where an option asks for statistics that the table does not hold."""
+    def require_statistics(self, options: Sequence[Options], size: Sequence[int] | None = None) -> None:
+        """Raises OptionError where an option asks for statistics that the table does not hold, or the seed `evidence`
+        for a last map that the network does not have.
+
+        That depends on the images' `size`, (3, height, width); default: the model package's, and of a bare network it
+        is not looked for. Each size's first time takes some predictions of one image.
+        """
         if not self.table.normality_tested and any(o.normality_filter for o in options):
             raise OptionError("normality_filter", True, f"false: table '{self.table.name}' holds no normality test")
         if self.table.statistics_point != "convolution" and any(o.rule and o.selection == "instance" for o in options):
             raise OptionError(
                 "selection", "instance", f"class: table '{self.table.name}' has its statistics after the activation"
             )
+        if size is None and not isinstance(self.model, nn.Module):
+            size = (3, *self.model.preprocessing.size)
+        if size is not None and any(o.seed == "evidence" for o in options):
+            self._runtime.require_last_map(size)
 
     def _target_indices(self, targets: Target | Sequence[Target] | Tensor, batch: int) -> Tensor:
         if isinstance(targets, (Tensor, np.ndarray)):

@@ -16,7 +16,7 @@ from parchgrad.errors import OptionError
 from parchgrad.quantiles import Quantile
 
 METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
-SEEDS = ("logit", "probability_weighted_logit")
+SEEDS = ("logit", "probability_weighted_logit", "evidence")
 
 # How a map is made of an attribution: `Explanation.saliency`.
 REDUCTIONS = ("mean_abs", "sum", "max_abs", "positive", "negative")
@@ -34,7 +34,8 @@ class Options:
     gamma: sd of the selected side's sum in units of the unselected side's; in [0, 1e6], or infinity.
     conserve: `independent`, `exact` or `none`.  selection: `class` or `instance`.
     layers: glob patterns of the layers the rule acts on.  normality_filter: drop normal channels.
-    seed: what is differentiated, the target's `logit` or its `probability_weighted_logit`.
+    seed: what is differentiated, the target's `logit` or its `probability_weighted_logit`; `evidence`: the logit, its
+    gradient at the network's last map weighed by where the evidence is (docs/evidence.md).
     steps: points of integrated gradients.  samples, noise, noise_seed: SmoothGrad's noisy copies, their
     sd as a share of the image's value range, and the random seed.
     """

@@ -235,7 +235,11 @@ OPTIONS = {
         ),
         Option("normality_filter", _boolean(), "Leave out channels distributed normally; default: the table's."),
         Option(
-            "seed", _one_of(*SEEDS), "What is differentiated: the target's logit, or weighted by probability.", "logit"
+            "seed",
+            _one_of(*SEEDS),
+            "What is differentiated: the target's logit, or weighted by probability; 'evidence': the logit, its "
+            "gradient at the network's last map weighed by where the evidence is.",
+            "logit",
         ),
         Option("steps", _integer(1, MAX_PASSES), "Points of integrated_gradients.", 25),
         Option("samples", _integer(1, MAX_PASSES), "Noisy copies of smoothgrad.", 25),

@@ -33,11 +33,13 @@ STAR_QUANTILES = (0.05, 0.3)
 STAR_GAMMA = 3.0
 
 AVERAGED = "ParchGrad, integrated gradients"
+EVIDENCE = "ParchGrad, evidence"
 
 # Patterns longer than this stand in a name as how many layers they mean.
 LONGEST_PATTERNS = 32
 
 _PARK = "Park, Jeon, Choi 2023"
+_EVIDENCE = "docs/evidence.md; its weights are the map of HiResCAM, Draelos, Carin 2020"
 
 # Name, method of Explainer.explain, what it is, source, whether its attributions claim to add up to the logit's rise.
 _GRADIENTS = (
@@ -95,8 +97,8 @@ def all_methods(
 
     Baselines that know no model, the gradient family without a table (`mean_abs` maps), Grad-CAM and LRP, ParchGrad at
     the table's own defaults class-wise and instance-wise, then at the settings of `grid` (`tune.Grid.settings` makes
-    them; `star` of the table by default), named by what differs from the defaults, in integrated gradients, and its two
-    controls. Settings
+    them; `star` of the table by default), named by what differs from the defaults, in integrated gradients, with the
+    seed `evidence`, and its controls. Settings
     that select the same channels stand once. `cam_layer` is the module Grad-CAM is made at, `cam_layer_of` by
     default; `steps` are the points of integrated gradients, `samples` SmoothGrad's noisy copies; `seed` draws the
     random map, SmoothGrad's noise and the controls. `preprocessing` is the model package's own by default: of a bare
@@ -113,8 +115,9 @@ def all_methods(
     rows.lrp()
     rows.settings(star(explainer.table) if grid is None else grid)
     rows.averaged(steps)
+    rows.evidence(preprocessing, seed)
     rows.controls(seed)
-    return rows.found, rows.missing
+    return sorted(rows.found, key=lambda row: GROUPS.index(row.group)), rows.missing
 
 
 def star(table: SelectionTable) -> list[Defaults]:
@@ -282,6 +285,38 @@ class _Rows:
         words = "Integrated gradients in which every gradient is ParchGrad's."
         options = {**setting.to_json(), "method": "integrated_gradients", "steps": steps}
         self.add(AVERAGED, "parchgrad", words, make, options=options, source=_PARK, explain=explain)
+
+    def evidence(self, preprocessing: Preprocessing | None, seed: int) -> None:
+        """The seed `evidence` with the plain gradient, the table, and random channels: what is whose."""
+        base = _class_wise(self.explainer.table)
+        ours = {**_options(base), "seed": "evidence"}
+        plain = {"rule": False, "selection": "class", "seed": "evidence"}
+        rows: tuple[tuple[str, str, str, dict[str, Any], bool], ...] = (
+            ("gradient, evidence", "gradient",
+             "The gradient, weighed at the last map by where the evidence for the class is.", plain, False),
+            (EVIDENCE, "parchgrad",
+             "ParchGrad, weighed at the last map by where the evidence for the class is.", ours, False),
+            (f"{EVIDENCE}, random channels", "control",
+             "The same with each class's channels in random order.", ours, True),
+        )  # fmt: skip
+        size = None if preprocessing is None else (3, *preprocessing.size)
+        for name, group, words, explain, control in rows:
+
+            def make(explainer: Explainer, explain: dict[str, Any] = explain, control: bool = control) -> Maps:
+                return _explained(random_control(explainer, seed) if control else explainer, **explain)
+
+            try:
+                self.explainer.require_statistics([Options(**explain)], size)
+            except OptionError as error:
+                self.missing.append(Unavailable(name, str(error)))
+                continue
+            options: dict[str, Any] = {"seed": "evidence"}
+            if explain is not plain:
+                options = {**base.to_json(), **options}
+            if control:
+                options["random_channels"] = seed
+            row = explain if name == EVIDENCE else None
+            self.add(name, group, words, make, options=options, source=_EVIDENCE, explain=row)
 
     def _setting(self, name: str, setting: Defaults) -> None:
         explain = _options(setting)

@@ -7,19 +7,26 @@ by the hooks through a thread-local slot, so threads share one view without a lo
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from parchgrad.defaults import CONSERVE
 from parchgrad.errors import UnsupportedModelError
 from parchgrad.rule import Conserve, apply_factors, channel_factors
 from parchgrad.runtimes import Gradients, Plan
+from parchgrad.runtimes.evidence_seed import NO_LAST_MAP, extent, last_map, refusal, weighed
+from parchgrad.runtimes.pruned.tracing import trace
 from parchgrad.runtimes.view import gap_features, private_view
 from parchgrad.selection import best_ranked, by_instance
 from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
+
+# Sizes of images whose last map is remembered; they are found out anew beyond it.
+_MOST_SIZES = 1024
 
 
 class DenseEngine:
@@ -27,6 +34,7 @@ class DenseEngine:
 
     def __init__(self, module: nn.Module, table: SelectionTable, device: str | torch.device | None = None) -> None:
         table.check_layers(module)
+        self._source = module
         self._module = private_view(module, device)
         weights = next(p for p in self._module.parameters() if p.is_floating_point())
         self._device, self._dtype = weights.device, weights.dtype
@@ -34,6 +42,9 @@ class DenseEngine:
         self._layers = {name: _on_device(layer, self._device) for name, layer in table.layers.items()}
         self._rank = table.rank.to(self._device)
         self._current = threading.local()
+        self._looking = threading.Lock()
+        self._calls: fx.Graph | str | None = None  # once the seed `evidence` was asked for; else why there are none
+        self._last_maps: dict[tuple[int, ...], fx.Node | str] = {}  # by size of the images; else why there is none
         for name in table.layers:
             self._module.get_submodule(name).register_forward_hook(self._hook(name))
 
@@ -62,7 +73,7 @@ class DenseEngine:
             self._current.run = run
             try:
                 # A copy goes in: a network that works in place on its input must not meet a leaf.
-                logits = checked_logits(self._module(leaf.clone()), images, self._table)
+                logits = checked_logits(self._forward(leaf.clone(), plan), images, self._table)
             finally:
                 self._current.run = None
             run.require_all_layers_seen()
@@ -75,6 +86,73 @@ class DenseEngine:
             (gradients,) = torch.autograd.grad(score.sum(), leaf)
         return Gradients(logits.detach(), targets, gradients, run.identity_layers())
 
+    def require_last_map(self, size: Sequence[int]) -> None:
+        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`."""
+        self._last_map(size)
+
+    def _forward(self, images: Tensor, plan: Plan) -> object:
+        if not bool(plan.evidence.any()):
+            return self._module(images)
+        which = plan.evidence.to(self._device)
+
+        def weigh(values: Tensor) -> Tensor:
+            # A node of its own: a hook at `values` would come after the rule's, where a convolution gives them.
+            handed_on = values.clone()
+            kept = values.detach()
+            handed_on.register_hook(lambda grad: weighed(grad, kept, which))  # type: ignore[no-untyped-call]
+            return handed_on
+
+        place = self._last_map(images.shape[1:])
+        return _Calls(self._module, place.graph, lambda node, value: weigh(value) if node is place else value)(images)
+
+    def _last_map(self, size: Sequence[int]) -> fx.Node:
+        """The call that gives the network's last map. Raises OptionError."""
+        size = tuple(size)
+        with self._looking:
+            if size not in self._last_maps:
+                if len(self._last_maps) >= _MOST_SIZES:
+                    self._last_maps.clear()
+                self._last_maps[size] = self._found_last_map(size)
+            found = self._last_maps[size]
+        if isinstance(found, str):
+            raise refusal(found)
+        return found
+
+    def _found_last_map(self, size: tuple[int, ...]) -> fx.Node | str:
+        """The call, or why it cannot be had: the calls of an image of noise are followed, and compared with what the
+        network itself answers."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._calls is None:
+                try:
+                    # Of another view: this one has our hooks, which `trace` would take for the network's.
+                    self._calls = trace(private_view(self._source)).graph
+                except UnsupportedModelError as error:
+                    self._calls = f"where its evidence is cannot be told: {error}".rstrip(".")
+            if isinstance(self._calls, str):
+                return self._calls
+            noise = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
+            image = noise.to(self._device, self._dtype)
+            extents: dict[fx.Node, tuple[int, ...] | None] = {}
+
+            def note(node: fx.Node, value: object) -> object:
+                extents[node] = extent(value)
+                return value
+
+            expected = self._module(image.clone())
+            try:
+                found = _Calls(self._module, self._calls, note)(image.clone())
+            except Exception as error:
+                if is_memory(error):
+                    raise
+                return "the network as it was traced fails where the network itself does not"
+            if not isinstance(expected, Tensor) or not isinstance(found, Tensor) or not _alike(found, expected):
+                return "the network as it was traced answers something else than the network itself"
+        *calls, output = [node for node in self._calls.nodes if node.op != "placeholder"]
+        images = next(node for node in self._calls.nodes if node.op == "placeholder")
+        answer = output.args[0]
+        place = last_map([(node, node.all_input_nodes) for node in calls], extents, images, answer)
+        return NO_LAST_MAP if place is None else place
+
     def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             run: _Pass | None = getattr(self._current, "run", None)
@@ -82,6 +160,26 @@ class DenseEngine:
                 run.attach(name, output)
 
         return hook
+
+
+class _Calls(fx.Interpreter):
+    """The traced calls, over a network's own modules and their hooks; `seen` gives what goes on of each value."""
+
+    def __init__(self, module: nn.Module, calls: fx.Graph, seen: Callable[[fx.Node, Any], Any]) -> None:
+        super().__init__(module, graph=calls)
+        self._seen = seen
+
+    def __call__(self, images: Tensor) -> object:
+        return self.run(images, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self._seen(n, super().run_node(n))
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether the same calls gave both; an engine may add them up in another order."""
+    within = 4 * math.sqrt(torch.finfo(expected.dtype).eps) * float(expected.abs().max())
+    return found.shape == expected.shape and bool(((found - expected).abs() <= within).all())
 
 
 class _Pass:
@@ -183,6 +281,11 @@ def checked_logits(logits: object, images: Tensor, table: SelectionTable) -> Ten
             f"expected logits of shape {expected}."
         )
     return logits
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether a machine's memory was the reason, not the network."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def took_no_part(missing: Sequence[str], table: SelectionTable) -> UnsupportedModelError:

@@ -26,6 +26,7 @@ class Plan:
     normality_filter: Tensor  # (B,) bool
     guided: Tensor  # (B,) bool: clamp the gradient at every ReLU (guided backpropagation)
     probability_weighted: Tensor  # (B,) bool: differentiate probability x logit instead of the logit
+    evidence: Tensor  # (B,) bool: weigh the gradient at the network's last map by the evidence there
 
     def __len__(self) -> int:
         return len(self.gamma)

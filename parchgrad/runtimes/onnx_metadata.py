@@ -27,6 +27,9 @@ Array = NDArray[np.float32]
 METADATA_KEY = "parchgrad"
 FORMAT_VERSION = 1
 
+# No graph weighs its gradient by evidence.
+_SEEDS = tuple(seed for seed in SEEDS if seed != "evidence")
+
 
 @dataclass(frozen=True)
 class GraphModel:
@@ -199,6 +202,6 @@ def _check(metadata: GraphMetadata) -> None:
         raise ModelError(f"{other[0]!r} stands where a text is expected.")
     if graph.conserve not in CONSERVE:
         raise ModelError(f"conserve is {graph.conserve!r}, expected one of {', '.join(CONSERVE)}.")
-    if graph.seed not in SEEDS:
-        raise ModelError(f"seed is {graph.seed!r}, expected one of {', '.join(SEEDS)}.")
+    if graph.seed not in _SEEDS:
+        raise ModelError(f"seed is {graph.seed!r}, expected one of {', '.join(_SEEDS)}.")
     quantile_of_layers(table.defaults.quantile, match(table.layer_names, table.defaults.layers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
@@ -100,6 +101,10 @@ class PyTorchRuntime:
                     self._module, table.layer_names, self.device, table.statistics_point, points
                 )
             return self._features.features(images.detach())
+
+    def require_last_map(self, size: Sequence[int]) -> None:
+        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`."""
+        self._dense.require_last_map(size)
 
     def sums(self, points: Points, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         pruned = self._pruned

@@ -222,14 +222,56 @@ def seed_of(logits, target, seed):
     raise ValueError(seed)
 
 
+def weighed(grad, values):
+    """The gradient (1, channels, h, w) at `values`, each position times (evidence / mean evidence) squared."""
+    _, channels, height, width = grad.shape
+    evidence = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            total = sum(float(grad[0, k, y, x]) * float(values[0, k, y, x]) for k in range(channels))
+            evidence[y, x] = max(0.0, total)
+    if not np.isfinite(evidence).all() or not evidence.any():
+        return grad
+    return grad * torch.from_numpy((evidence / evidence.mean()) ** 2)
+
+
+@contextlib.contextmanager
+def places_read():
+    """What is pooled or flattened, in order: the last with several positions is what the places are lost of."""
+    read = []
+
+    def noting(function):
+        def call(values, *args, **kwargs):
+            read.append(values)
+            return function(values, *args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        pooling = ((F, "adaptive_avg_pool2d"), (torch, "flatten"), (torch.Tensor, "flatten"), (torch.Tensor, "mean"))
+        for owner, name in pooling:
+            patches.enter_context(mock.patch.object(owner, name, noting(getattr(owner, name))))
+        yield read
+
+
+def back_to(leaf, logits, read, target, seed):
+    """The seed's gradient at the image; in two halves where it is weighed in between."""
+    if seed != "evidence":
+        return torch.autograd.grad(seed_of(logits, target, seed), leaf)[0]
+    place = [values for values in read if values.dim() == 4 and values.shape[2] * values.shape[3] > 1][-1]
+    (there,) = torch.autograd.grad(logits[0, target], place, retain_graph=True)
+    return torch.autograd.grad(place, leaf, weighed(there, place.detach()))[0]
+
+
 def gradient(model, table, image, target, options):
     """d seed / d image, (3, h, w) float64, and how many layers passed it unchanged in that pass."""
     ruled, convolutions = ruled_copy(model, table, target, options)
     leaf = image.detach().double()[None].clone().requires_grad_(True)
     guide = guided_relus() if options.method == "guided_backprop" else contextlib.nullcontext()
     with torch.enable_grad(), guide:
-        logits = ruled(leaf + 0.0)  # not a leaf inside the model: its first layer may work in place
-        (found,) = torch.autograd.grad(seed_of(logits, target, options.seed), leaf)
+        with places_read() as read:
+            logits = ruled(leaf + 0.0)  # not a leaf inside the model: its first layer may work in place
+        found = back_to(leaf, logits, read, target, options.seed)
     ran = [convolution for convolution in convolutions if convolution.ran]  # auxiliary heads do not, in eval mode
     return found[0], sum(all(convolution.calls) for convolution in ran), len(ran)
 

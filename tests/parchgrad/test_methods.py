@@ -29,9 +29,11 @@ ROOT = Path(__file__).parents[2]
 PREPROCESSING = Preprocessing(size=(12, 12), rule="stretch", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 TARGETS = [1, 3, 0]
 FIRST = ["random map", "centre Gaussian", "edge detector", "gradient", "input x gradient", "SmoothGrad",
-         "integrated gradients", "guided backprop", "Grad-CAM", "LRP", "ParchGrad",
+         "integrated gradients", "guided backprop", "gradient, evidence", "Grad-CAM", "LRP", "ParchGrad",
          "ParchGrad, instance-wise"]  # fmt: skip
 AVERAGED = "ParchGrad, integrated gradients"
+EVIDENCE = "ParchGrad, evidence"
+EVIDENCE_CONTROL = "ParchGrad, evidence, random channels"
 CONTROLS = ["ParchGrad, random channels", "ParchGrad, other classes' channels"]
 CLASS_WISE = {
     "ParchGrad",
@@ -65,9 +67,16 @@ def test_the_rows_and_their_order(peers):
     for _ in range(2):
         found, missing = all_methods(explainer, preprocessing=PREPROCESSING)
         assert missing == []
-        assert [m.name for m in found] == [*FIRST, *(f"ParchGrad, {words}" for words in settings), AVERAGED, *CONTROLS]
+        assert [m.name for m in found] == [
+            *FIRST,
+            *(f"ParchGrad, {words}" for words in settings),
+            AVERAGED,
+            EVIDENCE,
+            EVIDENCE_CONTROL,
+            *CONTROLS,
+        ]
     groups = [m.group for m in found]
-    assert groups == ["baseline"] * 3 + ["gradient"] * 5 + ["peer"] * 2 + ["parchgrad"] * 7 + ["control"] * 2
+    assert groups == ["baseline"] * 3 + ["gradient"] * 6 + ["peer"] * 2 + ["parchgrad"] * 8 + ["control"] * 3
     assert all(m.words.endswith(".") for m in found)
     assert all(m.source for m in found[1:])
     assert [m.library.partition(" ")[0] for m in found if m.group == "peer"] == ["grad-cam", "zennit"]
@@ -97,6 +106,9 @@ def test_every_row_is_the_method_it_names(peers):
         "ParchGrad, gamma 3": ours(gamma=3.0),
         "ParchGrad, upper half of the layers": ours(layers=table.layer_names[2:]),
         AVERAGED: ours(method="integrated_gradients", steps=6),
+        "gradient, evidence": ours(seed="evidence", **plain),
+        "ParchGrad, evidence": ours(seed="evidence"),
+        "ParchGrad, evidence, random channels": ours(random_control(explainer, 7), seed="evidence"),
         "ParchGrad, random channels": ours(random_control(explainer, 7)),
         "ParchGrad, other classes' channels": ours(shuffled_classes(explainer, 7)),
     }
@@ -151,7 +163,7 @@ def test_a_target_without_a_row_is_not_answered_by_those_that_ask_the_table(peer
     for name, row in found.items():
         answered = torch.isfinite(row.maps(batch(3), TARGETS)).flatten(1)
         assert torch.equal(answered.all(1), answered.any(1))
-        asks = name in CONTROLS or (row.group == "parchgrad" and "instance" not in name)
+        asks = name in (EVIDENCE_CONTROL, *CONTROLS) or (row.group == "parchgrad" and "instance" not in name)
         assert answered.all(1).tolist() == [not asks, True, True], name
 
 
@@ -308,6 +320,8 @@ def test_tables_without_the_statistics_have_no_instance_wise_rows():
         "ParchGrad",
         "ParchGrad, q 0.3",
         AVERAGED,
+        EVIDENCE,
+        EVIDENCE_CONTROL,
         *CONTROLS,
     ]
 
@@ -372,7 +386,9 @@ def test_a_grid_of_tune_is_a_grid_here():
     explainer = explainer_of()
     settings = Grid().settings(explainer.table)
     found, missing = rows(explainer, grid=settings)
-    assert sum(row.group == "parchgrad" for row in found.values()) == len(settings) + 2  # instance-wise, averaged
+    assert (
+        sum(row.group == "parchgrad" for row in found.values()) == len(settings) + 3
+    )  # instance-wise, averaged, evidence
     assert not [name for name in missing if name.startswith("ParchGrad")]
 
 

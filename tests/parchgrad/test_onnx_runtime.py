@@ -313,7 +313,7 @@ def test_targets_without_a_row(linear, monkeypatch):
 
 NOT_IN_GRAPH = {
     "method": (["guided_backprop", "smoothgrad"], "gradient, input_x_gradient, integrated_gradients, with this ONNX"),
-    "seed": (["probability_weighted_logit"], "allowed: logit, with this ONNX graph"),
+    "seed": (["probability_weighted_logit", "evidence"], "allowed: logit, with this ONNX graph"),
     "conserve": (["exact", "none"], "allowed: independent, with this ONNX graph"),
     "selection": (["instance"], "allowed: class, with this ONNX graph"),
     "alpha": ([0.05], "allowed: none: select by quantile, with this ONNX graph"),
@@ -415,6 +415,10 @@ BAD = {
     "layers": ({"metadata": described(graph__layers=["one"])}, "1 layers, not the 2 of its table"),
     "conserve": ({"metadata": described(graph__conserve="some")}, "conserve is 'some', expected one of"),
     "seed": ({"metadata": described(graph__seed="some")}, "seed is 'some', expected one of"),
+    "evidence": (
+        {"metadata": described(graph__seed="evidence")},
+        "seed is 'evidence', expected one of logit, probability_weighted_logit",
+    ),
     "classes": ({"metadata": described(table__classes=[0, 4])}, r"class 4 of its table is outside 0\.\.3"),
     "labels": ({"metadata": described(model__labels=LABELS[:3])}, "logits of 4 classes, its metadata has 3 labels"),
     "output": ({"model": without_covered()}, r"has the outputs .*, expected logits float, .*covered bool"),

@@ -607,6 +607,7 @@ def plan_of(model, table, count, images=1):
         guided=torch.zeros(images, dtype=torch.bool),
         normality_filter=torch.zeros(images, dtype=torch.bool),
         probability_weighted=torch.zeros(images, dtype=torch.bool),
+        evidence=torch.zeros(images, dtype=torch.bool),
     )
 
 

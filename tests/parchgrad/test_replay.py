@@ -135,6 +135,7 @@ def place(tmp_path_factory):
         {"alpha": 0.2, "gamma": 0.0},
         {"selection": "instance", "layers": ["fir*"]},
         {"rule": False, "seed": "probability_weighted_logit"},
+        {"seed": "evidence"},
         {"method": "integrated_gradients", "steps": 3},
         {"method": "smoothgrad", "samples": 3, "noise": 0.3, "noise_seed": 5},
         {"polarity": "negative"},

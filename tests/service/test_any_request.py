@@ -40,7 +40,7 @@ RIGHT = {
     "selection": ("class", "instance"),
     "conserve": ("independent", "exact", "none"),
     "layers": ("*", "features.0, features.9*"),
-    "seed": ("logit", "probability_weighted_logit"),
+    "seed": ("logit", "probability_weighted_logit", "evidence"),
     "saliency": ("none", "uint8", "float32", "list"),
     "polarity": ("both", "positive", "negative"),
     "explain_when": ("always", "confidence<0.5", "class:0|thing 1;sample:0.5"),

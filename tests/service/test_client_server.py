@@ -272,6 +272,7 @@ def save(path: Path, answer: object) -> Path:
         {"target": 3, "saliency": "float16", "alpha": 0.3, "polarity": "positive"},
         {"target": 3, "method": "integrated_gradients", "steps": 3, "seed": "probability_weighted_logit"},
         {"target": 3, "method": "smoothgrad", "samples": 3, "noise_seed": 11},
+        {"target": 3, "seed": "evidence"},
         {"target": "top:2", "rule": False},
     ],
     ids=lambda options: ",".join(map(str, options.values())),

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from parchgrad.errors import ModelError, TableError
+from parchgrad.errors import ModelError, OptionError, TableError
+from parchgrad.runtimes.dense import DenseEngine
 from service.engine import DeviceMemoryError, Job
+from service.errors import from_exception
 from service.settings import Settings
 from service.torch_engine import TorchEngine
 from tests.service.conftest import Home, picture
@@ -66,6 +68,18 @@ def test_a_real_allocation_too_large_is_want_of_memory(
     monkeypatch.setattr(engine.explainer, "predict", lambda images: torch.empty(1 << 50))
     with pytest.raises(DeviceMemoryError):
         engine.run([job])
+
+
+def test_a_network_without_a_last_map_refuses_that_seed_before_there_is_a_batch(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.options({"seed": "evidence"}).seed == "evidence"
+    monkeypatch.setattr(DenseEngine, "_found_last_map", lambda self, size: "it has no map")
+    monkeypatch.setattr(engine.explainer._runtime._dense, "_last_maps", {})
+    with pytest.raises(OptionError, match=r"'seed' is 'evidence'; allowed: .*; it has no map") as caught:
+        engine.options({"seed": "evidence"})
+    assert (from_exception(caught.value).code, from_exception(caught.value).status) == ("option_invalid", 422)
+    assert engine.options({"seed": "logit"}).seed == "logit"
 
 
 def test_a_folder_of_another_model_is_refused(settings: Settings, home: Home, tmp_path: Any) -> None:

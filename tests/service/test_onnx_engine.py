@@ -92,6 +92,7 @@ def test_a_job_that_nobody_waits_for_is_given_up(engine: OnnxEngine) -> None:
         ({"method": "smoothgrad"}, "method"),
         ({"conserve": "none"}, "conserve"),
         ({"seed": "probability_weighted_logit"}, "seed"),
+        ({"seed": "evidence"}, "seed"),
         ({"layers": ["three"]}, "layers"),
         ({"quantile": 2.0}, "quantile"),
     ],

@@ -112,6 +112,7 @@ def test_the_protocol_says_so_too(triton: InferenceServerClient) -> None:
         ("method", "smoothgrad"),
         ("conserve", "none"),
         ("seed", "probability_weighted_logit"),
+        ("seed", "evidence"),
     ],
 )
 def test_what_the_graph_cannot_do_is_422_before_anything_is_decoded(small: Server, option: str, value: str) -> None:

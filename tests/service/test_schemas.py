@@ -176,7 +176,7 @@ def test_explain_when_refuses(text: str) -> None:
         ({"target": ["top:21"]}, "option_invalid", "of at least 1, at most the number of classes, and 20."),
         ({"target": [""]}, "option_invalid", "Option 'target' is ''; allowed: a class index"),
         ({"method": ["lrp"]}, "option_invalid", "allowed: gradient, input_x_gradient, integrated_gradients,"),
-        ({"seed": ["softmax"]}, "option_invalid", "allowed: logit, probability_weighted_logit."),
+        ({"seed": ["softmax"]}, "option_invalid", "allowed: logit, probability_weighted_logit, evidence."),
         ({"selection": ["both"]}, "option_invalid", "allowed: class, instance."),
         ({"conserve": [""]}, "option_invalid", "Option 'conserve' is ''; allowed: independent, exact, none."),
         ({"saliency": ["jpeg"]}, "option_invalid", "allowed: uint8, float16, float32, list, png, none."),

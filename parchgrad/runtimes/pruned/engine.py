@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from parchgrad.defaults import CONSERVE
 from parchgrad.errors import UnsupportedModelError
 from parchgrad.runtimes import Gradients, Plan, Points
-from parchgrad.runtimes.dense import checked_logits, mixed_score, took_no_part
+from parchgrad.runtimes.dense import checked_logits, is_memory, mixed_score, took_no_part
+from parchgrad.runtimes.evidence_seed import NO_LAST_MAP, refusal
 from parchgrad.runtimes.pruned.batched import BatchRules, staged
 from parchgrad.runtimes.pruned.choice import Choice, LayerRule
 from parchgrad.runtimes.pruned.convolution import AtOutput
@@ -58,6 +59,7 @@ class _Compiled:
     choices: _Choices
     # Of images on which it answered as the network does: how many go together.
     confirmed: dict[torch.Size, int] = field(default_factory=dict)
+    last_maps: dict[torch.Size, int | None] = field(default_factory=dict)  # of images of a size, as the program's
 
 
 class PrunedEngine:
@@ -124,10 +126,7 @@ class PrunedEngine:
         return Gradients(*map(torch.cat, columns))
 
     def _slice_gradients(self, compiled: _Compiled, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
-        record = self._confirmed(
-            compiled, images, lambda: compiled.program.record(images), lambda record: record.logits
-        )
-        self._require_layers(compiled.program, plan)
+        record = self._recorded(compiled, images, plan)
         logits = record.logits
         targets = targets.to(self._device)
         targets = torch.where(targets < 0, logits.argmax(dim=1), targets)
@@ -180,13 +179,7 @@ class PrunedEngine:
         """Point by point the gradient at the entry's output, and how many layers it passed unchanged."""
         program, images = compiled.program, points.images[which.start : which.stop]
         images = images.clone() if images.is_inference() else images
-        record = self._confirmed(
-            compiled,
-            images,
-            lambda: program.record(images, outputs.of(points, which)),
-            lambda record: record.logits,
-        )
-        self._require_layers(program, plan)
+        record = self._recorded(compiled, images, plan, lambda: outputs.of(points, which))
         targets = targets.to(self._device)
         seed, rules = _seed(record.logits, targets, plan), self._rules(compiled, targets, plan)
         for i in range(len(which)):
@@ -214,10 +207,7 @@ class PrunedEngine:
         are others than the compiled ones. Nothing is read by the host, once the images' size is confirmed."""
         assert self._batch_rules is not None
         changed = self._weights.differ_from(compiled.weights)
-        record = self._confirmed(
-            compiled, images, lambda: compiled.program.record(images), lambda record: record.logits
-        )
-        self._require_layers(compiled.program, plan)
+        record = self._recorded(compiled, images, plan)
         logits = record.logits
         targets = staged(targets, self._device)
         targets = torch.where(targets < 0, logits.argmax(dim=1), targets)
@@ -255,7 +245,7 @@ class PrunedEngine:
         except UnsupportedModelError as error:
             raise UnlikeModelError(str(error), always=True) from error
         except Exception as error:
-            if size in compiled.confirmed or _is_memory(error):
+            if size in compiled.confirmed or is_memory(error):
                 raise
             self._view(images.clone())  # which may well raise by itself, and says better why
             reason = f"The traced network fails where the network itself does not: {type(error).__name__}: {error}"
@@ -298,6 +288,33 @@ class PrunedEngine:
         if self._device.type != "cpu":
             return sys.maxsize
         return max(1, _LARGEST_MAPPING // max(1, program.widest(images[:1])))
+
+    def _recorded(
+        self, compiled: _Compiled, images: Tensor, plan: Plan, outputs: Callable[[], Tensor] | None = None
+    ) -> Record:
+        """A prediction on which the plan can be carried out; `outputs` of the entry, where they are known.
+
+        Raises UnlikeModelError, OptionError and, where a layer took no part, UnsupportedModelError.
+        """
+        program = compiled.program
+        weighs = bool(plan.evidence.any())
+
+        def call() -> Record:
+            known = None if outputs is None else outputs()
+            if not weighs:
+                return program.record(images, known)
+            size = images.shape[1:]
+            if size not in compiled.last_maps:
+                if len(compiled.last_maps) >= _MOST_SIZES:
+                    compiled.last_maps.clear()
+                compiled.last_maps[size] = program.last_map(images[:1])
+            return program.record(images, known, compiled.last_maps[size], staged(plan.evidence, self._device))
+
+        record = self._confirmed(compiled, images, call, lambda record: record.logits)
+        if weighs and record.weighing is None:
+            raise refusal(NO_LAST_MAP)
+        self._require_layers(program, plan)
+        return record
 
     def _require_layers(self, program: Program, plan: Plan) -> None:
         active = zip(self._table.layer_names, plan.active.any(dim=0).tolist(), strict=True)
@@ -380,11 +397,6 @@ class _Choices:
                 selected = selected & (layer.normality_p < NORMALITY_LEVEL)
             chosen.append(Choice(selected.to(self._device)))
         return chosen
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether a machine's memory was the reason, not the network."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _taken_back(program: Program, record: Record, seed: Tensor, rules: Mapping[str, LayerRule]) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from torchvision.ops import stochastic_depth
 
 from parchgrad.errors import UnsupportedModelError
+from parchgrad.runtimes.evidence_seed import extent, last_map, weighed
 from parchgrad.runtimes.pruned import steps
 from parchgrad.runtimes.pruned.activations import Activation, activation_of
 from parchgrad.runtimes.pruned.batched import BatchRule
 from parchgrad.runtimes.pruned.choice import LayerRule
 from parchgrad.runtimes.pruned.convolution import AtOutput, Convolution
-from parchgrad.runtimes.pruned.gradient import Gradient, dense, total
+from parchgrad.runtimes.pruned.gradient import Channels, Gradient, channels_of, dense, total
 from parchgrad.runtimes.pruned.tracing import Trace, is_size
 
 
@@ -34,15 +35,39 @@ class _Line:
 
 
 @dataclass(frozen=True)
+class Weighing:
+    """Where the gradient is weighed by its evidence on the way back: at the network's last map."""
+
+    number: int  # of the value
+    which: Tensor  # (B,) bool: of which images
+    values: Tensor  # (B, C, h, w)
+
+    def of(self, image: int) -> Weighing | None:
+        one = slice(image, image + 1)
+        return Weighing(self.number, self.which[one], self.values[one]) if bool(self.which[image]) else None
+
+    def weighed(self, grad: Gradient) -> Gradient:
+        if not isinstance(grad, Channels):
+            return weighed(grad, self.values, self.which)
+        found = []
+        for i, (numbers, one) in enumerate(zip(grad.numbers, grad.values, strict=True)):
+            here = self.values[i : i + 1] if numbers is None else channels_of(self.values, i, numbers)
+            found.append(weighed(one, here, self.which[i : i + 1]))
+        return Channels(grad.shape, grad.numbers, tuple(found))
+
+
+@dataclass(frozen=True)
 class Record:
     """A prediction, `(B, K)` where the network is sound, and what each line kept for the way back."""
 
     logits: Any
     kept: list[Any]
+    weighing: Weighing | None = None
 
     def of(self, image: int) -> Record:
         """One image's part of it, where the program goes `by_image`."""
-        return Record(self.logits[image : image + 1], [steps.of_image(kept, image) for kept in self.kept])
+        kept = [steps.of_image(kept, image) for kept in self.kept]
+        return Record(self.logits[image : image + 1], kept, None if self.weighing is None else self.weighing.of(image))
 
 
 class Program:
@@ -95,6 +120,11 @@ class Program:
         results = (value for _, value in self._results(images))
         return max((one.numel() * one.element_size() for one in results if isinstance(one, Tensor)), default=0)
 
+    def last_map(self, images: Tensor) -> int | None:
+        """The number of the value at the network's last map, for images of this size; see `evidence.last_map`."""
+        extents = {0: extent(images)} | {number: extent(value) for number, value in self._results(images)}
+        return last_map([(line.output, line.inputs) for line in self._lines], extents, 0, self._answer)
+
     def _results(self, images: Tensor) -> Iterator[tuple[int, Any]]:
         """Each step's number and result, in order; the program itself holds none longer than it is read."""
         values: list[Any] = [None] * self._values
@@ -105,15 +135,19 @@ class Program:
                 values[i] = None
             yield line.output, values[line.output]
 
-    def record(self, images: Tensor, outputs: Tensor | None = None) -> Record:
+    def record(
+        self, images: Tensor, outputs: Tensor | None = None, weigh_at: int | None = None, which: Tensor | None = None
+    ) -> Record:
         """The answer, and what its gradient needs; `outputs` of the entry for these images, where they are known.
 
+        `weigh_at`: the value at which the gradient of the images `which` `(B,)` bool is weighed by its evidence.
         Raises UnsupportedModelError where a call is given tensors in a list or the like, through which no gradient
         would find its way back.
         """
         values: list[Any] = [None] * self._values
         values[0] = images
         kept: list[Any] = []
+        weighing = None
         for number, line in enumerate(self._lines):
             given = [values[i] for i in line.inputs]
             if outputs is not None and number == self._entry:
@@ -128,9 +162,11 @@ class Program:
                     _require(all(isinstance(one, Tensor) or not _holds_tensors(one) for one in given), given)
                 values[line.output], mine = line.step.record(*given)
                 kept.append(mine)
+            if line.output == weigh_at and which is not None:
+                weighing = Weighing(weigh_at, which, values[weigh_at])
             for i in line.last:
                 values[i] = None
-        return Record(values[self._answer], kept)
+        return Record(values[self._answer], kept, weighing)
 
     def pull(self, record: Record, seed: Tensor, rules: Mapping[str, LayerRule] | Mapping[str, BatchRule]) -> Tensor:
         """The gradient at the images from `seed`, that at the logits; what the record kept is given up on the way."""
@@ -149,7 +185,25 @@ class Program:
     ) -> dict[int, Any]:
         """The gradients that lines from `first` on leave at the values before them."""
         grads: dict[int, Any] = {self._answer: seed}
-        for number in range(len(self._lines) - 1, first - 1, -1):
+        last, weighing = len(self._lines), record.weighing
+        if weighing is not None:  # every path goes through its value, which line `number - 1` gives
+            self._pull_lines(grads, record, rules, weighing.number, last)
+            last = weighing.number
+            if last in grads:
+                grads[last] = weighing.weighed(grads[last])
+        self._pull_lines(grads, record, rules, first, last)
+        return grads
+
+    def _pull_lines(
+        self,
+        grads: dict[int, Any],
+        record: Record,
+        rules: Mapping[str, LayerRule] | Mapping[str, BatchRule],
+        first: int,
+        last: int,
+    ) -> None:
+        """Lines `first..last - 1`, backwards: gradients at their results become such at what they were given."""
+        for number in range(last - 1, first - 1, -1):
             line, kept = self._lines[number], record.kept[number]
             record.kept[number] = None
             grad = grads.pop(line.output, None)
@@ -167,7 +221,6 @@ class Program:
             for i, one in zip(line.inputs, found, strict=True):
                 if one is not None:
                     grads[i] = total(grads.get(i), one)
-        return grads
 
 
 class _Ruled:
