@@ -394,12 +394,15 @@ class Explainer:
             raise OptionError("images", images.dtype, f"{self._runtime.dtype}, as the model's weights")
         return images
 
-    def require_statistics(self, options: Sequence[Options], size: Sequence[int] | None = None) -> None:
+    def require_statistics(
+        self, options: Sequence[Options], size: Sequence[int] | None = None, *, look: bool = True
+    ) -> None:
         """Raises OptionError where an option asks for statistics that the table does not hold, or the seed `evidence`
         for a last map that the network does not have.
 
-        That depends on the images' `size`, (3, height, width); default: the model package's, and of a bare network it
-        is not looked for. Each size's first time takes some predictions of one image.
+        That depends on the images' `size`, (3, height, width); default: the model package's, and of a bare network or
+        a package of pictures in their own sizes it is not looked for. Each size's first time takes some predictions of
+        one image; without `look` none is made, and only what was found before is refused.
         """
         if not self.table.normality_tested and any(o.normality_filter for o in options):
             raise OptionError("normality_filter", True, f"false: table '{self.table.name}' holds no normality test")
@@ -407,10 +410,10 @@ class Explainer:
             raise OptionError(
                 "selection", "instance", f"class: table '{self.table.name}' has its statistics after the activation"
             )
-        if size is None and not isinstance(self.model, nn.Module):
+        if size is None and not isinstance(self.model, nn.Module) and self.model.preprocessing.rule != "native":
             size = (3, *self.model.preprocessing.size)
         if size is not None and any(o.seed == "evidence" for o in options):
-            self._runtime.require_last_map(size)
+            self._runtime.require_last_map(size, look=look)
 
     def _target_indices(self, targets: Target | Sequence[Target] | Tensor, batch: int) -> Tensor:
         if isinstance(targets, (Tensor, np.ndarray)):

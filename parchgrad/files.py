@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         owned[key] = tensor
-    with _beside(path) as temporary:
+    with beside(path) as temporary:
         try:
             save_file(owned, temporary, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:
@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file beside its place, then rename it."""
-    with _beside(path) as temporary:
+    with beside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def _scratch(path: Path) -> Path:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A file to write, which is renamed to `path` when the block ends well, else removed.
 
     It lies in a folder of its own, as safetensors has a temporary file too: what a killed process left is removed.

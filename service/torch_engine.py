@@ -42,6 +42,7 @@ class TorchEngine:
         self.explainer = parchgrad.Explainer(self.model, self.table, device=settings.device, backward=settings.backward)
         if self.explainer.dense_because is not None:
             log.info("Model %s/%s has the dense backward pass: %s", name, version, self.explainer.dense_because)
+        self._look_for_last_map()
         self.runtime = f"torch {torch.__version__}"
         self._room = Room(settings.max_batch, settings.batch_pixels)
 
@@ -83,8 +84,25 @@ class TorchEngine:
 
         (options,) = per_image(1, self.table.defaults, given)
         match(self.layer_names, options.layers)
-        self.explainer.require_statistics([options])
+        self.explainer.require_statistics([options], look=False)  # the event loop waits for this
         return options
+
+    def _look_for_last_map(self) -> None:
+        """Here, that `options` may know: it is a trace and some predictions. Raises DeviceMemoryError.
+
+        Pictures of other sizes than the package's are looked at with their batch, which is refused as `options` would.
+        """
+        from parchgrad.errors import OptionError
+        from parchgrad.options import Options
+
+        try:
+            within_memory(
+                lambda: self.explainer.require_statistics([Options(rule=False, seed="evidence")]),
+                1,
+                _release_cached_memory,
+            )
+        except OptionError as error:
+            log.info("Model %s/%s: %s", self.model.name, self.model.version, error)
 
     def capacity(self, job: Job) -> int:
         return self._room.capacity(job)

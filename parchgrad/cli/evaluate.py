@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from parchgrad.explainer import Explainer
     from parchgrad.models import Model
     from parchgrad.sources import Source
+    from parchgrad.tables import SelectionTable
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -83,6 +84,8 @@ POINTS = 25
 @click.option(
     "--conserve", type=ListParameter(str), metavar="WAYS", help="Grid of ParchGrad: independent, exact, none."
 )
+@click.option("--selections", type=ListParameter(str), default="class,instance", show_default=True,
+              metavar="WAYS", help="Grid of ParchGrad: class, instance.")  # fmt: skip
 @click.option("--cam-layer", help="Module for Grad-CAM, such as layer4.  [default: the last with a map]")
 @click.option(
     "--method", "only", multiple=True, help="Only this row, or rows by a glob pattern; may come several times."
@@ -103,7 +106,8 @@ def evaluate(
     masks: Path | None, mask_value: int | None, table: str | None, images: int | None, mosaics: int | None,
     curves: int | None, checks: int | None, step: int | None, quick: bool,
     quantiles: tuple[float | tuple[float, float], ...] | None, gammas: tuple[float, ...] | None,
-    layers: tuple[str, ...], conserve: tuple[str, ...] | None, cam_layer: str | None, only: tuple[str, ...],
+    layers: tuple[str, ...], conserve: tuple[str, ...] | None, selections: tuple[str, ...],
+    cam_layer: str | None, only: tuple[str, ...],
     seed: int, batch_size: int, workers: int | None, report: Path | None, json_file: Path | None,
     parquet: Path | None, restart: bool, allow_used: bool, device: str, models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
@@ -122,56 +126,55 @@ def evaluate(
         raise click.UsageError("--boxes and --masks are given, expected one of them.")
     if mask_value is not None and masks is None:
         raise click.UsageError("--mask-value is for --masks.")
+    if labels is not None and (image_column is not None or label_column is not None):
+        raise click.UsageError("--image-column and --label-column are for Parquet, --labels for images in a folder.")
     if cam_layer is not None and only and not any(fnmatch.fnmatchcase(GRAD_CAM, pattern) for pattern in only):
         raise click.UsageError(f"--cam-layer is for {GRAD_CAM}, which --method leaves out.")
-    if parquet is not None:
-        _require_parquet()
+    outputs = _outputs(report, json_file, parquet)
+    if restart and not outputs:
+        raise click.UsageError("--restart is for an output file: without one nothing is kept.")
     import torch
     from rich.console import Console
 
     from parchgrad.evaluation.record import settings_of
-    from parchgrad.evaluation.report import classes_line, left_out_line, natural_width, results_table, uncovered_line
+    from parchgrad.evaluation.report import natural_width, results_table
     from parchgrad.evaluation.study import Subject, key_of, study
+    from parchgrad.evidence import used_digests
     from parchgrad.explainer import Explainer
-    from parchgrad.sources import ListedImages
     from parchgrad.tables import load_table
 
     loaded = load_named_model(model, models_dir)
     rows = load_table(named(table or f"{loaded.name}/{loaded.version}", tables_dir), loaded)
-    if _is_cpu(device):
-        torch.set_num_threads(1)  # the processes use the processors
-    explainer = Explainer(loaded, rows, device)
     source = _source(data, loaded, image_column, label_column, labels, boxes)
+    processes = _workers(workers, device, source)
+    if processes > 1:
+        torch.set_num_threads(1)  # before anything is computed: a pool of threads does not survive a fork
+    explainer = Explainer(loaded, rows, device)
     places = _places(boxes, masks, mask_value, source, loaded)
-    effort = _effort(quick, {"curves": curves, "checks": checks, "step": step})
-    methods, unavailable = _methods(explainer, quick, quantiles, gammas, layers, conserve, cam_layer, only, seed)
+    effort = _effort(quick, {"curves": curves, "checks": checks, "step": step, "seed": seed})
+    methods, unavailable = _methods(
+        explainer, quick, quantiles, gammas, layers, conserve, selections, cam_layer, only, seed
+    )
     photographs, drawn, notes = _pictures(
-        source, loaded, places, images or (QUICK_IMAGES if quick else IMAGES),
+        source, loaded, explainer, places, images or (QUICK_IMAGES if quick else IMAGES),
         (QUICK_MOSAICS if quick else MOSAICS) if mosaics is None else mosaics, seed, images_to_avoid(rows, allow_used),
     )  # fmt: skip
-    if line := left_out_line(photographs.left_out):
-        notes.append(line)
-    if drawn is not None:
-        notes.append(classes_line(len(source.classes), rows))
-    if line := uncovered_line(source.targets[photographs.indices].tolist(), rows):
-        notes.append(line)
-    if isinstance(source, ListedImages) and source.unlabelled:
-        notes.append(f"{len(source.unlabelled):,} images have no label and are left out.")
+    notes += _notes(source, rows, photographs, drawn, allow_used)
     for line in notes:
         click.echo(line, err=True)
     for missing in unavailable:
         click.echo(f"{missing.name}: left out. {missing.reason}", err=True)
     subject = Subject(
         explainer, methods, () if drawn is None else drawn.pictures, photographs.pictures, loaded.labels,
-        loaded.preprocessing, batch_size, _workers(workers, device, source),
+        loaded.preprocessing, batch_size, processes,
     )  # fmt: skip
     settings = settings_of(
-        loaded, rows, source, methods, effort, places=_record(boxes, masks, mask_value, photographs),
-        mosaics=len(subject.mosaics), photographs=len(subject.photographs), seed=seed, batch_size=batch_size,
+        loaded, rows, source, methods, effort, places=_record(boxes or masks, mask_value, places, source, photographs),
+        photographs=photographs.indices, mosaics=None if drawn is None else drawn.indices,
+        allow_used=allow_used, used_known=used_digests(rows.folder) is not None, seed=seed, batch_size=batch_size,
         device=device, command=shlex.join(["parchgrad", *sys.argv[1:]]),
     )  # fmt: skip
-    output = report or json_file or parquet
-    with _journal(output, key_of(settings), restart) as journal:
+    with _journal(outputs[0] if outputs else None, key_of(settings), restart) as journal:
         with progress_bar("Evaluating", "forward passes") as progress:
             results = study(
                 subject, effort, settings, unavailable=unavailable, notes=notes, journal=journal, progress=progress
@@ -186,8 +189,48 @@ def evaluate(
     console = Console()
     view = results_table(results, console.width if console.is_terminal else None)
     Console(width=max(console.width if console.is_terminal else 0, natural_width(view))).print(view)
-    for written in filter(None, (report, json_file, parquet)):
+    for written in outputs:
         click.echo(f"Wrote {written}")
+
+
+def _outputs(report: Path | None, json_file: Path | None, parquet: Path | None) -> list[Path]:
+    """The files to write, refused here, before the work, where they cannot be written."""
+    outputs = [path for path in (report, json_file, parquet) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise click.UsageError("--report, --json and --parquet name the same file, expected different ones.")
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise click.UsageError(f"'{path.parent}' cannot be written to, expected a folder for '{path.name}'.")
+    if parquet is not None:
+        _require_parquet()
+    return outputs
+
+
+def _notes(
+    source: Source, table: SelectionTable, photographs: Photographs, drawn: Mosaics | None, allow_used: bool
+) -> list[str]:
+    """What has to be said with the figures."""
+    from parchgrad.evaluation.report import classes_line, left_out_line, uncovered_line
+    from parchgrad.evidence import used_digests
+    from parchgrad.sources import ListedImages
+
+    notes = []
+    if allow_used:
+        notes.append("Images that the table was built from were allowed: the figures may flatter it.")
+    elif used_digests(table.folder) is None:
+        notes.append("The table has no record of the images it was built from; they may be among these.")
+    if line := left_out_line(photographs.left_out):
+        notes.append(line)
+    if drawn is not None:
+        if line := left_out_line(drawn.left_out):
+            notes.append(f"Of mosaics: {line}")
+        notes.append(classes_line(len(source.classes), table))
+    if line := uncovered_line(source.targets[photographs.indices].tolist(), table):
+        notes.append(line)
+    if isinstance(source, ListedImages) and source.unlabelled:
+        notes.append(f"{len(source.unlabelled):,} images have no label and are left out.")
+    return notes
 
 
 def _source(
@@ -201,7 +244,9 @@ def _source(
         return open_listed(data, model, labels)
     if boxes is not None and _is_flat(Path(data)):
         return open_listed(data, model, boxes)
-    return open_source(data, model, image_column=image_column, label_column=label_column)
+    return open_source(
+        data, model, image_column=image_column, label_column=label_column, least_classes=1, least_images=1
+    )
 
 
 def _workers(asked: int | None, device: str, source: Source) -> int:
@@ -222,10 +267,13 @@ def _is_cpu(device: str) -> bool:
 
 
 def _is_flat(root: Path) -> bool:
-    """Whether images lie at the top of a folder."""
+    """Whether images lie at the top of a folder, and no folders beside them."""
     from parchgrad.sources import IMAGE_SUFFIXES
 
-    return root.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir() if path.is_file())
+    if not root.is_dir():
+        return False
+    entries = [path for path in root.iterdir() if not path.name.startswith(".")]
+    return not any(path.is_dir() for path in entries) and any(p.suffix.lower() in IMAGE_SUFFIXES for p in entries)
 
 
 def _places(boxes: Path | None, masks: Path | None, value: int | None, source: Source, model: Model) -> Places | None:
@@ -250,6 +298,7 @@ def _methods(
     gammas: Sequence[float] | None,
     layers: Sequence[str],
     conserve: Sequence[str] | None,
+    selections: Sequence[str],
     cam_layer: str | None,
     only: Sequence[str],
     seed: int,
@@ -268,6 +317,7 @@ def _methods(
             or (base.layers,),
             conserve=tuple(conserve or ()),
         ).settings(explainer.table)  # fmt: skip
+        grid = [replace(setting, selection=selection) for selection in selections for setting in grid]
     points = QUICK_POINTS if quick else POINTS
     methods, unavailable = all_methods(
         explainer, grid=grid, cam_layer=cam_layer, seed=seed, steps=points, samples=points
@@ -284,9 +334,17 @@ def _methods(
 
 
 def _pictures(
-    source: Source, model: Model, places: Places | None, images: int, mosaics: int, seed: int, used: frozenset[str]
+    source: Source,
+    model: Model,
+    explainer: Explainer,
+    places: Places | None,
+    images: int,
+    mosaics: int,
+    seed: int,
+    used: frozenset[str],
 ) -> tuple[Photographs, Mosaics | None, list[str]]:
     """Photographs, mosaics where there are classes enough for them, and what has to be said of both."""
+    from parchgrad.errors import DataError
     from parchgrad.evaluation.images import mosaics_of
     from parchgrad.evaluation.photographs import photographs_of
 
@@ -303,26 +361,31 @@ def _pictures(
     if len(source.classes) < 4:
         notes.append(f"No mosaics: they need images of 4 classes, these are of {len(source.classes)}.")
         return photographs, None, notes
-    with progress_bar("Reading", "images of mosaics") as progress:
-        drawn = mosaics_of(source, preprocessing, mosaics, seed, spread=True, used=used, progress=progress)
+    try:
+        with progress_bar("Reading", "images of mosaics") as progress:
+            drawn = mosaics_of(source, preprocessing, mosaics, seed, spread=True, used=used, progress=progress)
+    except DataError as error:
+        return photographs, None, [*notes, f"No mosaics: {error}"]
+    try:
+        explainer.predict(drawn.pictures[0].image[None])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return photographs, None, [*notes, f"No mosaics: the network takes no picture of twice its size ({reason})."]
     return photographs, drawn, notes
 
 
-def _record(boxes: Path | None, masks: Path | None, value: int | None, photographs: Photographs) -> dict[str, Any]:
+def _record(
+    origin: Path | None, value: int | None, places: Places | None, source: Source, photographs: Photographs
+) -> dict[str, Any]:
     """Where places came from and what became of them."""
-    from dataclasses import asdict
-
-    from parchgrad.files import file_sha256
-
-    if photographs.placed is None:
+    if origin is None or places is None or photographs.placed is None:
         return {}
-    origin = boxes or masks
-    record: dict[str, Any] = {"boxes" if boxes is not None else "masks": str(origin), **asdict(photographs.placed)}
-    if value is not None:
-        record["mask_value"] = value
-    if origin is not None and origin.is_file():
-        record["sha256"] = file_sha256(origin)
-    return record
+    record: dict[str, Any] = {
+        "from": str(origin),
+        "sha256": places.digest(source.name(index) for index in photographs.indices.tolist()),
+        **asdict(photographs.placed),
+    }
+    return record if value is None else record | {"mask_value": value}
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Mosaics:
 
     pictures: LazyPictures
     left_out: LeftOut
+    indices: NDArray[np.int64]  # (n, 4): which of the source's images each is of
 
 
 def mosaics_of(
@@ -102,7 +103,7 @@ def mosaics_of(
             mosaics.four(images), int(source.targets[index]), mask, name=f"mosaic {number}", group=source.name(index)
         )
 
-    return Mosaics(LazyPictures(count, picture), verdicts.left_out())
+    return Mosaics(LazyPictures(count, picture), verdicts.left_out(), indices)
 
 
 def usable(
@@ -232,10 +233,6 @@ class LazyPictures(Sequence[Picture]):
 
     def __len__(self) -> int:
         return self._count
-
-    def first(self, count: int) -> LazyPictures:
-        """The first `count`, or all if there are fewer; a slice would make them all at once."""
-        return LazyPictures(min(count, self._count), self._make)
 
     @overload
     def __getitem__(self, index: int) -> Picture: ...

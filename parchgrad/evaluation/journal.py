@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -54,7 +54,8 @@ def journal_in(folder: Path, key: str, *, restart: bool = False) -> Iterator[Jou
                 file.flush()
             yield Journal(found, file)
         path.unlink()
-        folder.rmdir()
+        with suppress(OSError):
+            folder.rmdir()  # somebody's file in it is no reason to fail
 
 
 def _read(path: Path, key: str) -> tuple[dict[str, Found], int]:

@@ -134,7 +134,7 @@ MEASURES = (
         "Hedström et al. 2024",
     ),
     Measure(
-        "cascade", "cascade", "checks", "lower", 0.0,
+        "cascade", "cascade", "checks", "lower", None,
         "Rank correlation with the map when all layers' weights are drawn anew; 1: it does not look at the model.",
         "Adebayo et al. 2018",
     ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,14 @@ class Places:
         except DataError as error:
             raise DataError(f"Image '{name}': {error}") from error
         return None
+
+    def digest(self, names: Iterable[str]) -> str:
+        """sha256 (hexadecimal) of what is said of the images `names`: other boxes or masks, another string."""
+        found = hashlib.sha256()
+        for name in names:
+            said = repr(self.boxes.get(name)).encode()
+            found.update(hashlib.sha256(self.masks[name].read_bytes() if name in self.masks else said).digest())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,16 @@ from parchgrad.evaluation.cost import Cost
 from parchgrad.evaluation.intervals import RESAMPLES, Interval, difference_interval, mean_interval
 from parchgrad.evaluation.measures import MEASURES, Measure
 from parchgrad.evaluation.methods import Method, Unavailable
-from parchgrad.files import write_text
+from parchgrad.files import beside, write_text
 
 Floats = NDArray[np.float64]
 
 FORMAT = 1
+# From fewer photographs a bootstrap's interval of a difference leaves 0 out too often: of equal methods, 11 % at 8
+# photographs, 23 % at 4, 49 % at 2 (of normal differences, 150 repeats each).
+FEWEST_IMAGES = 10
+# The row that a report is about.
+OURS = "ParchGrad"
 # What every other method is compared with, picture by picture.
 REFERENCE = "gradient"
 
@@ -66,9 +71,9 @@ class Cell:
 
     @property
     def distinct(self) -> bool:
-        """Whether the difference from the plain gradient is beyond its interval."""
+        """Whether the difference from the plain gradient is beyond its interval; never of fewer than FEWEST_IMAGES."""
         gap = self.difference
-        return gap is not None and (gap.low > 0 or gap.high < 0)
+        return gap is not None and gap.images >= FEWEST_IMAGES and (gap.low > 0 or gap.high < 0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,12 @@ class Results:
     cascade: Mapping[str, Floats] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     resamples: int = RESAMPLES
+
+    @property
+    def ours(self) -> Row | None:
+        """The row that sentences and pictures are about: that called ParchGrad, else the first of its group."""
+        rows = [row for row in self.rows if row.group == "parchgrad"]
+        return next((row for row in rows if row.name == OURS), rows[0] if rows else None)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -181,7 +192,8 @@ class Results:
             {name: pa.array(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)},
             metadata={"parchgrad.settings": json.dumps(_plain(self.settings), allow_nan=False)},
         )
-        pq.write_table(table, path)
+        with beside(path) as temporary:
+            pq.write_table(table, temporary)
 
 
 def _plain(value: Any) -> Any:

@@ -203,12 +203,14 @@ def table_randomisation(
     images: Tensor,
     targets: list[int],
     *,
-    seed: int = 0,
+    draw: int = 0,
     reduction: str = "mean_abs",
     batch_size: int = 16,
     **options: Any,
 ) -> TableRandomisation:
     """What is left of the map when the table means nothing: ours, after Adebayo et al. 2018.
+
+    `draw` seeds the tables; `options`, a seed of the gradient among them, are those of Explainer.explain.
 
     Similarity with the map of `explainer`'s own table under the same `options`: with each class's rows given to
     another class, and with each class's channels in random order (`controls.random_control`). Near 1, the map does
@@ -216,7 +218,7 @@ def table_randomisation(
     selection, which does not ask the rows. Some similarity is left to every method: the gradient it starts from is
     the same. NaN where a map is the same everywhere. Raises OptionError for a table of fewer than two classes.
     """
-    controls = [shuffled_classes(explainer, seed), random_control(explainer, seed)]
+    controls = [shuffled_classes(explainer, draw), random_control(explainer, draw)]
 
     def maps(by: Explainer) -> Floats:
         def one(batch: Tensor, chosen: list[int]) -> Tensor:

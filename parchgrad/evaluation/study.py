@@ -43,8 +43,6 @@ CURVE_POINTS = 51
 # What does not decide the results.
 VOLATILE = ("command", "finished")
 MOSAIC, PHOTOGRAPH = "mosaic", "photograph"
-# The row that a report is about.
-OURS = "ParchGrad"
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,29 @@ class Effort:
     """How much of the expensive is done.
 
     curves: photographs that pixels are taken from.  checks: photographs of the checks.  step: pixels at a time of
-    insertion and deletion.  road: the fractions that are imputed.  depths: steps of the cascade from the last layer
-    to the first, at most.  noises: of max-sensitivity.  rounds: of measuring costs.  resamples: of the bootstrap.
+    insertion and deletion; None: `rows` rows of the picture, of 224 x 224 one being RISE's step.  road: the fractions
+    that are imputed.  depths: steps of the cascade from the last layer to the first, at most.  noises: of
+    max-sensitivity.  rounds: of measuring costs.  resamples: of the bootstrap.  seed: of noise, random weights and
+    tables.
     """
 
     curves: int = 16
     checks: int = 8
-    step: int = perturbation.STEP
+    step: int | None = None
+    rows: int = 1
     road: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     depths: int = 8
     noises: int = 10
     rounds: int = 7
     resamples: int = 2000
+    seed: int = 0
+
+    def pixels(self, height: int, width: int) -> int:
+        """Taken at a time from a picture of this size."""
+        return self.step or min(self.rows, max(1, height // 8)) * width
 
 
-QUICK = Effort(
-    curves=1, checks=1, step=14 * perturbation.STEP, road=(0.5,), depths=2, noises=2, rounds=1, resamples=500
-)
+QUICK = Effort(curves=1, checks=1, rows=14, road=(0.5,), depths=2, noises=2, rounds=1, resamples=500)
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,10 @@ def study(
 def cases_of(subject: Subject, results: Results, *, each: int = 2, progress: Progress | None = None) -> list[Case]:
     """The pictures worth looking at, with every method's map: a few, so their maps are made again here.
 
-    Worth it to the row "ParchGrad"; to the first one where there is no such row.
+    Worth it to `Results.ours`; to the first row where there is no such one.
     """
-    names = [row.name for row in results.rows]
-    chosen = choose(results, OURS if OURS in names else names[0], each=each)
+    about = results.ours or results.rows[0]
+    chosen = choose(results, about.name, each=each)
 
     def work(number: int) -> Case:
         reason, index = chosen[number]
@@ -304,7 +308,7 @@ def _all_shown(subject: Subject, journal: Journal, kind: str) -> list[dict[str, 
 
 def _curve_passes(subject: Subject, effort: Effort, passes: Mapping[str, float]) -> float:
     height, width = subject.photographs[0].image.shape[1:] if len(subject.photographs) else (0, 0)
-    a_map = 2 * (height * width / effort.step + 1) + 2 * len(perturbation.TENTHS)
+    a_map = 2 * (height * width / max(1, effort.pixels(height, width)) + 1) + 2 * len(perturbation.TENTHS)
     # Imputing an image takes about as long as five passes.
     a_map += 2 * len(effort.road) * 5
     return sum(passes.values()) + len(passes) * a_map
@@ -314,13 +318,14 @@ def _perturbation(subject: Subject, effort: Effort, index: int) -> Found:
     picture = subject.photographs[index]
     images, targets = picture.image[None].to(subject.explainer.device), [picture.target]
     predict = subject.explainer.predict
+    step = effort.pixels(*picture.image.shape[1:])
     measured: dict[str, dict[str, float]] = {}
     curves: dict[str, dict[str, list[float]]] = {"insertion": {}, "deletion": {}}
     for method in subject.methods:
         saliency = np.stack(_maps(method, [picture]))
         common: dict[str, Any] = {"batch_size": subject.batch_size}
-        inserted = perturbation.insertion(predict, images, saliency, targets, step=effort.step, **common)
-        deleted = perturbation.deletion(predict, images, saliency, targets, step=effort.step, **common)
+        inserted = perturbation.insertion(predict, images, saliency, targets, step=step, **common)
+        deleted = perturbation.deletion(predict, images, saliency, targets, step=step, **common)
         odds = [
             perturbation.removal(
                 predict, images, saliency, targets, least_first=least, score=perturbation.log_odds, **common
@@ -329,7 +334,9 @@ def _perturbation(subject: Subject, effort: Effort, index: int) -> Found:
         ]
         most, least = map(_probabilities, odds)
         roads = [
-            perturbation.road(predict, images, saliency, targets, least_first=least, fractions=effort.road, **common)
+            perturbation.road(
+                predict, images, saliency, targets, least_first=least, fractions=effort.road, seed=effort.seed, **common
+            )
             for least in (False, True)
         ]
         found = {
@@ -373,26 +380,28 @@ def _checks(subject: Subject, effort: Effort, number: int, which: Sequence[int])
     of = method.of or (lambda _: method.maps)
     size = subject.batch_size
     values: dict[str, list[float]] = {}
+    drawn: dict[str, Any] = {"seed": effort.seed, "batch_size": size}
     values["max_sensitivity"] = sanity.max_sensitivity(
-        method.maps, images, targets, samples=effort.noises, batch_size=size
+        method.maps, images, targets, samples=effort.noises, **drawn
     ).largest.tolist()
     if method.attributions is not None:
         values["completeness_gap"] = sanity.completeness_gap(
             method.attributions(images, targets), explainer.predict, images, targets, batch_size=size
         ).relative.tolist()
-    values["entropy_rise"] = sanity.entropy_rise(of, module, images, targets, batch_size=size).rise.tolist()
-    fall = sanity.cascade(of, module, images, targets, depths=effort.depths, batch_size=size)
-    # Under random weights a whole map may vanish, as where a ReLU cuts off the target: nothing is left of what was.
-    there = perturbation.ordered(np.stack(_maps(method, pictures)))
-    similarity = np.where(np.isnan(fall.similarity) & there, 0.0, fall.similarity)
-    values["cascade"] = similarity[-1].tolist()
+    rise = sanity.entropy_rise(of, module, images, targets, **drawn)
+    # Under random weights a whole map may vanish, as where a ReLU cuts off the target: then nothing was tested.
+    values["entropy_rise"] = np.where(rise.randomised > 0, rise.rise, np.nan).tolist()
+    fall = sanity.cascade(of, module, images, targets, depths=effort.depths, **drawn)
+    values["cascade"] = fall.similarity[-1].tolist()
     # Instance-wise selection does not ask the table's rows: there is nothing to shuffle.
     if method.explain is not None and method.explain.get("selection") != "instance":
         left = sanity.table_randomisation(
-            explainer, images, targets, batch_size=size, **(method.explain | {"uncovered": "nan"})
+            explainer, images, targets, draw=effort.seed, batch_size=size, **(method.explain | {"uncovered": "nan"})
         )
         values["classes_similarity"], values["channels_similarity"] = left.classes.tolist(), left.channels.tolist()
-    means = similarity[:, there].mean(axis=1) if there.any() else np.full(len(similarity), np.nan)
+    there = np.isfinite(fall.similarity)
+    sums = np.where(there, fall.similarity, 0.0).sum(axis=1)
+    means = np.divide(sums, there.sum(axis=1), out=np.full(len(sums), np.nan), where=there.any(axis=1))
     return {"values": values, "layers": list(fall.layers), "cascade": means.tolist()}
 
 

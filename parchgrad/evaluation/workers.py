@@ -33,6 +33,7 @@ def workers(count: int, work: Callable[[Piece], Any]) -> Iterator[Do[Piece]]:
     if count <= 1:
         yield lambda pieces: ((piece, work(piece)) for piece in pieces)
         return
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(count, context, _begin, (work,))
 
@@ -50,7 +51,7 @@ def workers(count: int, work: Callable[[Piece], Any]) -> Iterator[Do[Piece]]:
     try:
         yield do
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         pool.shutdown(cancel_futures=True)
 

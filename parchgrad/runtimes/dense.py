@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ from parchgrad.tables import NORMALITY_LEVEL, LayerTable, SelectionTable
 
 # Sizes of images whose last map is remembered; they are found out anew beyond it.
 _MOST_SIZES = 1024
+
+
+@dataclass(frozen=True)
+class Found:
+    """The call that gives the last map, or why there is none. `kept`: it follows from the network's structure, and
+    not from its weights as they are now."""
+
+    place: fx.Node | str
+    kept: bool
 
 
 class DenseEngine:
@@ -86,9 +96,15 @@ class DenseEngine:
             (gradients,) = torch.autograd.grad(score.sum(), leaf)
         return Gradients(logits.detach(), targets, gradients, run.identity_layers())
 
-    def require_last_map(self, size: Sequence[int]) -> None:
-        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`."""
-        self._last_map(size)
+    def require_last_map(self, size: Sequence[int], *, look: bool = True) -> None:
+        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`.
+
+        Without `look` only where that is known already: nothing is computed, and nobody waited for.
+        """
+        if look:
+            self._last_map(size)
+        elif isinstance(known := self._last_maps.get(tuple(size)), str):
+            raise refusal(known)
 
     def _forward(self, images: Tensor, plan: Plan) -> object:
         if not bool(plan.evidence.any()):
@@ -108,19 +124,23 @@ class DenseEngine:
     def _last_map(self, size: Sequence[int]) -> fx.Node:
         """The call that gives the network's last map. Raises OptionError."""
         size = tuple(size)
-        with self._looking:
-            if size not in self._last_maps:
-                if len(self._last_maps) >= _MOST_SIZES:
-                    self._last_maps.clear()
-                self._last_maps[size] = self._found_last_map(size)
-            found = self._last_maps[size]
-        if isinstance(found, str):
-            raise refusal(found)
-        return found
+        place = self._last_maps.get(size)
+        if place is None:
+            with self._looking:
+                place = self._last_maps.get(size)
+                if place is None:
+                    found = self._found_last_map(size)
+                    place = found.place
+                    if found.kept:
+                        if len(self._last_maps) >= _MOST_SIZES:
+                            self._last_maps.clear()
+                        self._last_maps[size] = place
+        if isinstance(place, str):
+            raise refusal(place)
+        return place
 
-    def _found_last_map(self, size: tuple[int, ...]) -> fx.Node | str:
-        """The call, or why it cannot be had: the calls of an image of noise are followed, and compared with what the
-        network itself answers."""
+    def _found_last_map(self, size: tuple[int, ...]) -> Found:
+        """The calls of an image of noise are followed, and compared with what the network itself answers."""
         with torch.inference_mode(False), torch.no_grad():
             if self._calls is None:
                 try:
@@ -129,7 +149,7 @@ class DenseEngine:
                 except UnsupportedModelError as error:
                     self._calls = f"where its evidence is cannot be told: {error}".rstrip(".")
             if isinstance(self._calls, str):
-                return self._calls
+                return Found(self._calls, kept=True)
             noise = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
             image = noise.to(self._device, self._dtype)
             extents: dict[fx.Node, tuple[int, ...] | None] = {}
@@ -144,14 +164,15 @@ class DenseEngine:
             except Exception as error:
                 if is_memory(error):
                     raise
-                return "the network as it was traced fails where the network itself does not"
+                return Found("the network as it was traced fails where the network itself does not", kept=False)
             if not isinstance(expected, Tensor) or not isinstance(found, Tensor) or not _alike(found, expected):
-                return "the network as it was traced answers something else than the network itself"
+                return Found("the network as it was traced answers something else than the network itself", kept=False)
+            finite = bool(expected.isfinite().all())  # else little was compared
         *calls, output = [node for node in self._calls.nodes if node.op != "placeholder"]
         images = next(node for node in self._calls.nodes if node.op == "placeholder")
         answer = output.args[0]
         place = last_map([(node, node.all_input_nodes) for node in calls], extents, images, answer)
-        return NO_LAST_MAP if place is None else place
+        return Found(NO_LAST_MAP, kept=True) if place is None else Found(place, kept=finite)
 
     def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
@@ -177,9 +198,14 @@ class _Calls(fx.Interpreter):
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether the same calls gave both; an engine may add them up in another order."""
-    within = 4 * math.sqrt(torch.finfo(expected.dtype).eps) * float(expected.abs().max())
-    return found.shape == expected.shape and bool(((found - expected).abs() <= within).all())
+    """Whether the same calls gave both; an engine may add them up in another order. What is not finite in one has to
+    be so in both."""
+    if found.shape != expected.shape:
+        return False
+    known = expected.isfinite()
+    largest = float(expected.where(known, 0.0).abs().max())
+    within = 4 * math.sqrt(torch.finfo(expected.dtype).eps) * largest
+    return bool(((found - expected).abs() <= within).where(known, ~found.isfinite()).all())
 
 
 class _Pass:

@@ -62,9 +62,9 @@ def last_map(
     """The last value `(B, C, h, w)` with h w > 1 that every path from the images to the answer goes through, and that
     comes before the first such value without places.
 
-    `calls` in order: what each gives, and what it is given. None where there is no such value, where something with
-    places of its own comes after it (a vision transformer's tokens, into which other values were mixed), and where
-    what reads it says that its channels are not the second axis.
+    `calls` in order: what each gives, and what it is given. None where there is no such value, where anything but its
+    own flattened positions comes after it in another shape than a map's (a vision transformer's tokens, into which
+    other places may be mixed), and where what reads it does not say that its channels are the second axis.
     """
     reached = {images}
     for value, given in calls:
@@ -91,14 +91,82 @@ def last_map(
                 break
             if len(shape) == 4:
                 found = value
-            elif found is not None and prod(shape[1:]) != prod(_shape(extents[found])[1:]):
-                found = None
         furthest = max(furthest, last_reader[i])
     if found is None:
         return None
-    readers = [value for value in path[1:] if found in inputs[value]]
-    agree = all(_keeps_channels(_shape(extents[found]), _shape(extents[value])) for value in readers)
-    return found if agree else None
+    shapes = {value: _shape(extents[value]) for value in path}
+    after = path[place[found] + 1 :]
+    readers = [value for value in after if found in inputs[value]]
+    turned = _may_be_turned(path[1 : place[found] + 1], inputs, shapes, found)
+    agree = all((_pools if turned else _keeps_channels)(shapes[found], shapes[value]) for value in readers)
+    return found if agree and _only_flattened(found, after, inputs, shapes) else None
+
+
+def _only_flattened(
+    found: _Value,
+    after: Sequence[_Value],
+    inputs: Mapping[_Value, Sequence[_Value]],
+    shapes: Mapping[_Value, tuple[int, ...]],
+) -> bool:
+    """Whether no value after the map may hold places that were mixed: maps go on being maps, or are flattened.
+
+    From shapes alone a mixing of places is told from none only where it cannot be: `(B, C, N)` made of the map itself,
+    and `(B, N, C)` made of that, both read by nothing else that has places. What was pooled has none to mix.
+    """
+    batch, channels, *sides = shapes[found]
+    flat, swapped = (batch, channels, prod(sides)), (batch, prod(sides), channels)
+    still = {found}  # values that may hold the map's places
+    flattened = set()
+    for value in after:
+        given, shape = still.intersection(inputs[value]), shapes[value]
+        if not given:
+            continue
+        if not _is_of_places(shape):
+            pooled = len(shape) == 2 or shape[2:] == (1, 1)
+            if not pooled or prod(shape[1:]) == prod(shapes[found][1:]):  # a collection, or all positions in a row
+                still.add(value)
+            continue
+        still.add(value)
+        if len(shape) == 4:
+            if any(len(shapes[one]) != 4 for one in given):
+                return False
+        elif shape == flat and given == {found}:
+            flattened.add(value)
+        elif not (shape == swapped and given <= flattened and flat != swapped):
+            return False
+    return True
+
+
+def _is_of_places(shape: tuple[int, ...]) -> bool:
+    """As `_has_places`, also of shapes whose channels are not known: more than one axis beside the batch's counts."""
+    return sum(side > 1 for side in shape[1:]) > 1
+
+
+def _may_be_turned(
+    before: Sequence[_Value],
+    inputs: Mapping[_Value, Sequence[_Value]],
+    shapes: Mapping[_Value, tuple[int, ...]],
+    found: _Value,
+) -> bool:
+    """Whether the map's axes may be in another order than a convolution's: what came before, it included, was
+    reshaped, or its sides are all the same, so that nobody could see it."""
+    if len(set(shapes[found][1:])) == 1:
+        return True
+    for value in before:
+        shape = shapes[value]
+        if len(shape) not in (0, 2, 4) and _is_of_places(shape):
+            return True
+        for one in inputs[value]:
+            other = shapes[one]
+            if len(shape) == len(other) == 4 and shape != other and sorted(shape[1:]) == sorted(other[1:]):
+                return True
+    return False
+
+
+def _pools(shape: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether what reads a map says by itself that its channels are the second axis: it leaves them, and no other."""
+    _, channels, _, width = shape
+    return channels > 1 and (after[1:] == (channels, 1, 1) or (after[1:] == (channels,) and channels != width))
 
 
 def _shape(shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -102,9 +102,10 @@ class PyTorchRuntime:
                 )
             return self._features.features(images.detach())
 
-    def require_last_map(self, size: Sequence[int]) -> None:
-        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`."""
-        self._dense.require_last_map(size)
+    def require_last_map(self, size: Sequence[int], *, look: bool = True) -> None:
+        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`;
+        without `look` only where that is known already."""
+        self._dense.require_last_map(size, look=look)
 
     def sums(self, points: Points, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         pruned = self._pruned

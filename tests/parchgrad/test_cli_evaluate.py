@@ -84,7 +84,7 @@ def test_images_of_the_table_are_left_out(evaluated):
     assert "that the table was built from were left out" in result.stderr
     again = evaluated(*OURS, "--allow-used")
     assert again.exit_code == 0
-    assert "that the table was built from" not in again.stderr
+    assert "that the table was built from were left out" not in again.stderr
     assert again.stdout != result.stdout
 
 
@@ -228,12 +228,67 @@ def test_fewer_than_four_classes_have_no_mosaics(evaluated, folder, tmp_path_fac
     assert "mosaic mass" not in result.stdout
 
 
+def test_all_outputs_are_tried_before_the_work(evaluated, tmp_path, monkeypatch):
+    page = tmp_path / "out.html"
+    same = evaluated(*OURS, "--report", str(page), "--json", str(page))
+    assert same.exit_code == 2
+    assert "name the same file" in same.stderr
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        evaluated(*OURS, "--report", str(page), "--json", str(tmp_path / "file" / "out.json"))
+    assert evaluated(*OURS, "--json", str(tmp_path / "new" / "out.json")).exit_code == 0
+
+
+def test_other_boxes_or_pictures_are_another_evaluation(evaluated, folder, tmp_path, monkeypatch):
+    from parchgrad.evaluation.journal import Journal
+
+    written, boxes = tmp_path / "out.json", tmp_path / "boxes.csv"
+    record = Journal.record
+
+    def stop(journal, piece, found):
+        record(journal, piece, found)
+        raise KeyboardInterrupt
+
+    def run(*options):
+        return evaluated(*OURS, "--boxes", str(boxes), "--json", str(written), *options, used=[0])
+
+    def box(right):
+        names = [folder.name(i) for i in range(len(folder))]
+        boxes.write_text("\n".join(["image,x0,y0,x1,y1", *(f"{name},0,0,{right},9" for name in names), ""]))
+
+    box(8)
+    monkeypatch.setattr(Journal, "record", stop)
+    assert run().exit_code == 130
+    with pytest.raises(EvaluationError, match="other data or with other options"):
+        run("--allow-used")
+    box(9)
+    with pytest.raises(EvaluationError, match="other data or with other options"):
+        run()
+    box(8)
+    monkeypatch.setattr(Journal, "record", record)
+    assert "Going on: 1 pieces" in run().stderr
+
+
+def test_what_the_figures_stand_on_is_in_the_notes(evaluated, tmp_path):
+    written = tmp_path / "out.json"
+
+    def notes(*options, **more):
+        evaluated(*OURS, "--json", str(written), *options, **more)
+        return " ".join(json.loads(written.read_text())["notes"])
+
+    assert "no record of the images it was built from" in notes()
+    assert "were allowed: the figures may flatter it" in notes("--allow-used")
+    assert "Of mosaics: Of" in notes(used=[0, 1, 3])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--method", "Gradcam"), "--method is 'Gradcam'; the rows are random map, centre Gaussian"),
         (("--boxes", "setup", "--masks", "setup"), "--boxes and --masks are given, expected one of them"),
         (("--mask-value", "3"), "--mask-value is for --masks"),
+        (("--labels", "setup", "--label-column", "x"), "--image-column and --label-column are for Parquet"),
+        (("--restart",), "--restart is for an output file"),
         (("--images", "0"), "0 is not in the range"),
     ],
 )
@@ -254,7 +309,8 @@ def test_rows_are_named_by_patterns(evaluated):
     result = evaluated("--method", "ParchGrad, *channels", "--method", "gradient")
     assert result.exit_code == 0, result.output
     shown = [line.split("  ")[0].strip() for line in result.stdout.splitlines()]
-    rows = ["gradient", "ParchGrad, random channels", "ParchGrad, other classes' channels"]
+    rows = ["gradient", "ParchGrad, evidence, random channels", "ParchGrad, random channels"]
+    rows.append("ParchGrad, other classes' channels")
     assert [line for line in shown if line.startswith(("gradient", "ParchGrad", "edge"))] == rows
 
 
@@ -263,6 +319,9 @@ def test_a_grid_has_a_row_a_setting(evaluated):
     assert result.exit_code == 0, result.output
     for name in ("ParchGrad, q 0.25", "ParchGrad, q 0.5", "ParchGrad, q 0.25, gamma 3", "ParchGrad, q 0.5, gamma 3"):
         assert name in result.stdout
+        assert name.replace("ParchGrad", "ParchGrad, instance-wise") in result.stdout
+    alone = evaluated("--quantiles", "0.25", "--selections", "class")
+    assert "ParchGrad, instance-wise, q 0.25" not in alone.stdout
 
 
 def test_the_page_of_the_docs_names_every_option_and_measure():

@@ -161,7 +161,7 @@ def test_what_the_figures_are_of_is_printed(place):
     text = " ".join(place.tune("--dry-run").stdout.split())
     assert "4 of the model's 5 classes are contrasted, with each other only" in text
     assert "Mosaics share images" in text
-    text = " ".join(place.evaluate().stdout.split())
+    text = " ".join(place.evaluate().stderr.split())
     assert "4 of the model's 5 classes are contrasted, with each other only" in text
 
 

@@ -381,7 +381,7 @@ def test_shuffled_classes_have_each_others_rows():
 def test_table_randomisation_is_the_similarity_of_the_controls_maps():
     model = build()
     explainer, images, targets = Explainer(model, table_for(model, quantile=0.3)), batch(4), [1, 3, 0, 2]
-    found = table_randomisation(explainer, images, targets, seed=2, batch_size=3, quantile=0.2, reduction="max_abs")
+    found = table_randomisation(explainer, images, targets, draw=2, batch_size=3, quantile=0.2, reduction="max_abs")
     ours = explainer.explain(images, targets, quantile=0.2).saliency("max_abs")
     for similarity, control in (
         (found.classes, shuffled_classes(explainer, 2)),

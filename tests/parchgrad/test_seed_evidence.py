@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -74,15 +75,22 @@ def test_without_evidence_an_image_keeps_its_gradient_and_the_others_have_theirs
 
 
 def test_halves_are_weighed_in_float32():
+    """And are not finite only where the weighed gradient is beyond them: docs/evidence.md."""
     grad, values = drawn(1, 5, 3, 3, dtype=torch.float16) * 1e-3, drawn(1, 5, 3, 3, dtype=torch.float16, seed=1)
     found = weighed(grad, values)
     assert found.dtype == torch.float16
     assert_close(found.double(), weighed(grad.double(), values.double()), 1e-3)
+    loud = torch.zeros(1, 1, 64, 64, dtype=torch.float16)
+    loud[..., 3, 3] = 1  # its weight, 4096 squared, is none of float16
+    grad = torch.full_like(loud, 1e-3)
+    assert_close(weighed(grad, loud)[..., 3, 3].double(), grad[..., 3, 3].double() * 4096**2, 1e-3)
+    assert weighed(grad * 10, loud)[..., 3, 3].isinf().all()
 
 
 # --- the last map ---
 
 MAP, ONE, END = (1, 8, 4, 4), (1, 8, 1, 1), (1, 8)
+FLAT, TURNED = (1, 8, 16), (1, 16, 8)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +115,36 @@ MAP, ONE, END = (1, 8, 4, 4), (1, 8, 1, 1), (1, 8)
         ([("a", "x"), ("b", "a"), ("y", "b")], {"a": MAP, "b": (1, 20, 1, 1), "y": END}, "a"),
         ([("a", "x"), ("y", "ax")], {"a": MAP, "y": END}, None),
         ([("y", "x")], {"y": END}, None),
+        ([("a", "x"), ("f", "a"), ("t", "f"), ("y", "t")], {"a": MAP, "f": FLAT, "t": TURNED, "y": END}, "a"),
+        ([("a", "x"), ("t", "a"), ("y", "t")], {"a": MAP, "t": TURNED, "y": END}, None),
+        ([("a", "x"), ("f", "a"), ("m", "f"), ("y", "m")], {"a": MAP, "f": FLAT, "m": FLAT, "y": END}, None),
+        ([("a", "x"), ("t", "a"), ("m", "t"), ("y", "m")], {"a": MAP, "t": TURNED, "m": TURNED, "y": END}, None),
+        ([("a", "x"), ("t", "a"), ("m", "t"), ("s", "tm"), ("y", "s")],
+         {"a": MAP, "t": TURNED, "m": (1, 16, 9), "s": TURNED, "y": END}, None),
+        ([("a", "x"), ("f", "a"), ("t", "f"), ("y", "t")], {"a": MAP, "f": (1, 128), "t": TURNED, "y": END}, None),
+        ([("a", "x"), ("f", "a"), ("t", "f"), ("y", "t")], {"a": MAP, "f": (), "t": TURNED, "y": END}, None),
+        ([("a", "x"), ("p", "a"), ("t", "p"), ("y", "t")], {"a": MAP, "p": END, "t": (1, 4, 2), "y": END}, "a"),
+        ([("a", "x"), ("f", "a"), ("t", "f"), ("y", "t")],
+         {"a": (1, 16, 4, 4), "f": (1, 16, 16), "t": (1, 16, 16), "y": (1, 16)}, None),
+        ([("a", "x"), ("b", "a"), ("y", "b")], {"a": MAP, "b": (1, 4, 4, 8), "y": (1, 128)}, None),
+        ([("a", "x"), ("b", "a"), ("y", "b")], {"a": (1, 4, 4, 4), "b": (1, 4, 4, 4), "y": (1, 4)}, None),
+        ([("a", "x"), ("b", "a"), ("y", "b")], {"a": (1, 4, 4, 4), "b": (1, 4, 1, 1), "y": (1, 4)}, "a"),
+        ([("a", "x"), ("b", "a"), ("p", "b"), ("y", "p")], {"a": (1, 4, 4, 8), "b": MAP, "p": ONE, "y": END}, "b"),
+        ([("a", "x"), ("f", "a"), ("b", "f"), ("y", "b")],
+         {"a": MAP, "f": FLAT, "b": (1, 1, 8, 16), "y": (1, 1)}, None),
+        ([("a", "x"), ("p", "a"), ("t", "p"), ("y", "t")], {"a": MAP, "p": ONE, "t": (1, 4, 2), "y": END}, "a"),
+        ([("a", "x"), ("b", "a"), ("p", "b"), ("y", "p")],
+         {"a": MAP, "b": (1, 128, 1, 1), "p": TURNED, "y": END}, None),
     ],
     ids=[
         "chain", "leapt over", "joined", "one position", "a size", "a weight", "a branch nobody reads", "a split",
         "flattened", "tokens", "tokens and a map", "copies of one position", "one position, channels last",
         "channels last", "channels last, pooled", "channels last, flattened", "a convolution over all",
-        "the image read again", "no map",
+        "the image read again", "no map", "flattened, then turned", "turned", "flattened, then mixed",
+        "turned, then mixed", "turned, then mixed beside", "flattened to one, then tokens", "split into tokens",
+        "pooled, then in groups", "as many channels as positions", "turned to channels last, flattened",
+        "a cube", "a cube, pooled with its axes kept", "channels last turned back", "tokens as an image of one channel",
+        "pooled with its axes kept, then in groups", "all positions as channels, then tokens",
     ],
 )  # fmt: skip
 def test_the_last_map(calls, shapes, expected):
@@ -352,6 +384,44 @@ class Tokens(nn.Module):
         return self.head(F.gelu(self.mix(z.transpose(1, 2))).mean(2))
 
 
+class PooledTokens(nn.Module):
+    """A small vision transformer without a token of its own: mixed, and then pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.mix = nn.Linear(9, 9)
+        self.head = nn.Linear(8, networks.CLASSES)
+
+    def mixed(self, tokens):
+        return tokens + self.mix(tokens.transpose(1, 2)).transpose(1, 2)
+
+    def forward(self, images):
+        return self.head(self.mixed(self.stem(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Attention(PooledTokens):
+    def mixed(self, tokens):
+        return tokens + F.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+class MixedFlat(PooledTokens):
+    def forward(self, images):
+        return self.head(self.mix(self.stem(images).flatten(2)).mean(2))
+
+
+class ChannelsLast(nn.Module):
+    """As many channels as rows and columns, and they are last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 4, stride=4)
+        self.head = nn.Linear(3, networks.CLASSES)
+
+    def forward(self, images):
+        return self.head(F.relu(self.stem(images).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
 class Untraceable(networks.Branching):
     """What it computes depends on the values."""
 
@@ -359,8 +429,9 @@ class Untraceable(networks.Branching):
         return super().forward(images if float(images.detach().sum()) > 1e9 else images * 2)
 
 
+NONE = r"no value \(batch, channels, height, width\) of this network lies on every path to its logits"
 REFUSED = {
-    Tokens: r"no value \(batch, channels, height, width\) of this network lies on every path to its logits\.$",
+    **dict.fromkeys((Tokens, PooledTokens, Attention, MixedFlat, ChannelsLast), NONE),
     Untraceable: "where its evidence is cannot be told: The network's calls cannot be traced: ",
     networks.Hooked: "where its evidence is cannot be told: Module 'right' has forward hooks, ",
     networks.SlicedRelu: "where its evidence is cannot be told: 'relu_' writes into a tensor that is read through",
@@ -407,6 +478,77 @@ def test_a_trace_that_fails_is_refused_and_want_of_memory_is_not(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_refused_for_the_weights_is_not_for_good(engine):
+    model = build()
+    explainer = explainer_of(engine, model, table_for(model))
+    with torch.no_grad():
+        kept = model.head.bias.clone()
+        model.head.bias[0] = math.nan
+    # Class 0 has no answer, the others have theirs.
+    assert explainer.explain(batch(1), 1, seed="evidence").attributions.isfinite().all()
+    assert not explainer._runtime._dense._last_maps  # held against noise that had an answer for part of the classes
+    with torch.no_grad():
+        model.head.bias.copy_(kept)
+    assert explainer.explain(batch(1), 1, seed="evidence").attributions.isfinite().all()
+    assert len(explainer._runtime._dense._last_maps) == 1
+
+
+@pytest.mark.parametrize("fault", [ValueError("for now"), None], ids=["raises", "another answer"])
+def test_a_trace_that_failed_once_is_asked_again(fault, monkeypatch):
+    model = build()
+    explainer = Explainer(model, table_for(model))
+
+    def other(self, images):
+        if fault is not None:
+            raise fault
+        return self.run(images * 1.01)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("parchgrad.runtimes.dense._Calls.__call__", other)
+        with pytest.raises(OptionError, match="as it was traced"):
+            explainer.explain(batch(1), 1, seed="evidence")
+    assert explainer.explain(batch(1), 1, seed="evidence").attributions.isfinite().all()
+
+
+def test_a_known_size_waits_for_no_search_of_another():
+    model = build()
+    explainer = Explainer(model, table_for(model))
+    before = explainer.explain(batch(1), 1, seed="evidence").attributions
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(explainer.explain(batch(1), 1, seed="evidence").attributions), daemon=True
+    )
+    with explainer._runtime._dense._looking:
+        thread.start()
+        thread.join(20)
+        assert len(found) == 1
+    assert torch.equal(found[0], before)
+
+
+def test_the_remembered_last_map_may_be_forgotten_by_another_thread():
+    """Between a look and the reading of what was there: here at each."""
+
+    class Forgetful(dict):
+        def __contains__(self, size):
+            found = super().__contains__(size)
+            self.clear()
+            return found
+
+        def get(self, size, default=None):
+            found = super().get(size, default)
+            self.clear()
+            return found
+
+    model = build()
+    explainer = Explainer(model, table_for(model), backward="pruned")
+    before = explainer.explain(batch(1), 1, seed="evidence").attributions
+    compiled = explainer._runtime._pruned._compiled
+    object.__setattr__(compiled, "last_maps", Forgetful(compiled.last_maps))
+    explainer._runtime._dense._last_maps = Forgetful(explainer._runtime._dense._last_maps)
+    assert torch.equal(explainer.explain(batch(1), 1, seed="evidence").attributions, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_after_an_exception_everything_is_as_before(engine, monkeypatch):
     model = build()
     hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
@@ -425,7 +567,7 @@ def test_after_an_exception_everything_is_as_before(engine, monkeypatch):
 def test_a_model_package_is_looked_at_in_its_own_size_before_there_are_images():
     class Package:
         class preprocessing:  # noqa: N801
-            size = (12, 12)
+            size, rule = (12, 12), "stretch"
 
     explainer = Explainer(build(Tokens), table_for(build(Tokens)))
     from parchgrad.options import Options as Given
@@ -435,3 +577,21 @@ def test_a_model_package_is_looked_at_in_its_own_size_before_there_are_images():
     explainer.require_statistics([Given()])
     with pytest.raises(OptionError, match="Option 'seed' is 'evidence'"):
         explainer.require_statistics([Given(), Given(seed="evidence")])
+    Package.preprocessing.rule = "native"  # each picture has its own size
+    explainer.require_statistics([Given(seed="evidence")])
+    with pytest.raises(OptionError, match="Option 'seed' is 'evidence'"):
+        explainer.explain(batch(1), 1, seed="evidence")
+
+
+def test_without_looking_only_what_is_known_is_refused(monkeypatch):
+    from parchgrad.options import Options as Given
+
+    explainer = Explainer(build(Tokens), table_for(build(Tokens)))
+    asked, size = [Given(seed="evidence")], (3, 12, 12)
+    with monkeypatch.context() as blind:
+        blind.setattr(type(explainer._runtime._dense), "_found_last_map", lambda *given: 1 / 0)
+        explainer.require_statistics(asked, size, look=False)
+    with pytest.raises(OptionError):
+        explainer.require_statistics(asked, size)
+    with pytest.raises(OptionError, match="Option 'seed' is 'evidence'"):
+        explainer.require_statistics(asked, size, look=False)

@@ -16,10 +16,10 @@ from parchgrad.evaluation import maps as figures
 from parchgrad.evaluation import perturbation, sanity
 from parchgrad.evaluation.cost import Cost
 from parchgrad.evaluation.images import Picture
-from parchgrad.evaluation.intervals import difference_interval, mean_interval
+from parchgrad.evaluation.intervals import Interval, difference_interval, mean_interval
 from parchgrad.evaluation.journal import Journal, journal_in
 from parchgrad.evaluation.methods import Method, Unavailable
-from parchgrad.evaluation.results import Results
+from parchgrad.evaluation.results import Cell, Results
 from parchgrad.evaluation.study import CURVE_POINTS, Effort, Subject, cases_of, key_of, study
 from parchgrad.explainer import Explainer
 from parchgrad.preprocessing import Preprocessing
@@ -186,6 +186,7 @@ def test_checks_are_those_of_their_own_functions(subject, results):
         "cascade": sanity.cascade(method.of, network, images, targets).similarity[-1],
     }
     for key, value in expected.items():
+        assert np.isfinite(value).all(), key
         np.testing.assert_allclose(results.values[key]["input x gradient"], value, rtol=1e-3, atol=1e-4, err_msg=key)
     table = sanity.table_randomisation(subject.explainer, images, targets, quantile=0.5)
     np.testing.assert_allclose(results.values["classes_similarity"]["ParchGrad"], table.classes, atol=1e-4)
@@ -424,3 +425,44 @@ def test_cases_have_every_methods_own_map(subject, results):
             for key, value in values.items():
                 expected = results.values[key][name][results.pictures[key].index(index)]
                 assert value == expected or (math.isnan(value) and math.isnan(expected))
+
+
+def test_a_seed_of_the_gradient_is_none_of_the_study(subject):
+    """`explain` may name the seed of a gradient: the table's randomisation has a draw of its own."""
+    (ours,) = [method for method in subject.methods if method.name == "ParchGrad"]
+    seeded = replace(ours, explain={"quantile": 0.5, "seed": "probability_weighted_logit"})
+    found = study(replace(subject, methods=[seeded]), EFFORT, SETTINGS)
+    assert np.isfinite(found.values["channels_similarity"]["ParchGrad"]).all()
+
+
+def test_the_seed_draws_noise_weights_and_tables(subject, results):
+    other = study(subject, replace(EFFORT, seed=5), SETTINGS)
+    for key in ("max_sensitivity", "cascade", "channels_similarity"):
+        assert not np.array_equal(other.values[key]["ParchGrad"], results.values[key]["ParchGrad"]), key
+    np.testing.assert_array_equal(other.values["mosaic_mass"]["ParchGrad"], results.values["mosaic_mass"]["ParchGrad"])
+
+
+def test_a_map_that_vanishes_under_random_weights_was_not_tested(subject):
+    def of(network):
+        return lambda images, targets: torch.zeros(len(images), *images.shape[2:])
+
+    (gradient,) = [method for method in subject.methods if method.name == "gradient"]
+    found = study(replace(subject, methods=[replace(gradient, of=of)]), EFFORT, SETTINGS)
+    assert "cascade" not in found.cells or "gradient" not in found.cells["cascade"]
+    assert "gradient" not in found.cells["entropy_rise"]
+
+
+def test_differences_of_few_photographs_are_not_marked():
+    few = Interval(0.5, 0.4, 0.6, 9, 9, 0, "bca")
+    many = replace(few, maps=10, images=10)
+    assert not Cell(few, few).distinct
+    assert Cell(many, many).distinct
+    assert not Cell(many, replace(many, low=-0.1)).distinct
+
+
+def test_a_step_is_a_row_of_the_picture():
+    assert Effort().pixels(224, 224) == 224
+    assert Effort().pixels(32, 48) == 48
+    assert Effort(step=7).pixels(224, 224) == 7
+    assert Effort(rows=14).pixels(224, 224) == 14 * 224
+    assert Effort(rows=14).pixels(16, 16) == 2 * 16

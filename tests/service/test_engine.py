@@ -1,5 +1,6 @@
 """service/engine.py: one call of the device, and its want of memory told apart from other failures."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from parchgrad.errors import ModelError, OptionError, TableError
-from parchgrad.runtimes.dense import DenseEngine
-from service.engine import DeviceMemoryError, Job
+from parchgrad.runtimes.dense import DenseEngine, Found
+from service.engine import DeviceMemoryError, Explained, Job
 from service.errors import from_exception
 from service.settings import Settings
 from service.torch_engine import TorchEngine
@@ -31,7 +32,7 @@ def job(engine: TorchEngine) -> Job:
 
 
 def raising(error: Exception) -> Callable[..., Any]:
-    def predict(images: torch.Tensor) -> torch.Tensor:
+    def predict(*given: object) -> torch.Tensor:
         raise error
 
     return predict
@@ -71,15 +72,54 @@ def test_a_real_allocation_too_large_is_want_of_memory(
 
 
 def test_a_network_without_a_last_map_refuses_that_seed_before_there_is_a_batch(
-    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert engine.options({"seed": "evidence"}).seed == "evidence"
-    monkeypatch.setattr(DenseEngine, "_found_last_map", lambda self, size: "it has no map")
-    monkeypatch.setattr(engine.explainer._runtime._dense, "_last_maps", {})
+    monkeypatch.setattr(DenseEngine, "_found_last_map", lambda self, size: Found("it has no map", kept=True))
+    refusing = TorchEngine(settings, "tiny", "1")  # loaded nevertheless: all else works
     with pytest.raises(OptionError, match=r"'seed' is 'evidence'; allowed: .*; it has no map") as caught:
-        engine.options({"seed": "evidence"})
+        refusing.options({"seed": "evidence"})
     assert (from_exception(caught.value).code, from_exception(caught.value).status) == ("option_invalid", 422)
-    assert engine.options({"seed": "logit"}).seed == "logit"
+    assert refusing.options({"seed": "logit"}).seed == "logit"
+
+
+@pytest.mark.parametrize("rule", ["shorter_side", "native"])
+def test_options_are_held_against_the_model_without_a_prediction(
+    engine: TorchEngine, job: Job, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are on the event loop; the search of the last map is done at loading, or with the batch."""
+    looked: list[object] = []
+
+    def look(self: DenseEngine, size: object) -> Found:
+        looked.append(size)
+        return Found("it has no map", kept=True)
+
+    monkeypatch.setattr(DenseEngine, "_found_last_map", look)
+    preprocessing = dataclasses.replace(engine.model.preprocessing, rule=rule)
+    object.__setattr__(engine.model, "preprocessing", preprocessing)
+    engine.explainer._runtime._dense._last_maps.clear()
+    options = engine.options({"seed": "evidence"})
+    assert not looked
+    with pytest.raises(OptionError, match="it has no map") as caught:
+        engine.run([Job(job.tensor, Explained(0, options, "mean_abs"))])
+    assert from_exception(caught.value).code == "option_invalid"
+    assert looked == [job.tensor.shape]
+
+
+def test_want_of_memory_in_the_search_of_the_last_map_is_as_any_other(
+    settings: Settings, engine: TorchEngine, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = engine.options({"seed": "evidence"})
+    asked = Job(job.tensor, Explained(0, options, "mean_abs"))
+    engine.explainer._runtime._dense._last_maps.clear()
+    monkeypatch.setattr(DenseEngine, "_found_last_map", raising(torch.OutOfMemoryError("CUDA out of memory.")))
+    engine.options({"seed": "evidence"})
+    with pytest.raises(DeviceMemoryError, match="memory for 1 images"):
+        engine.run([asked])
+    with pytest.raises(DeviceMemoryError):
+        TorchEngine(settings, "tiny", "1")
+    monkeypatch.undo()
+    assert engine.run([asked])[0] is not None
 
 
 def test_a_folder_of_another_model_is_refused(settings: Settings, home: Home, tmp_path: Any) -> None:

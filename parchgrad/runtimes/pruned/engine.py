@@ -59,7 +59,7 @@ class _Compiled:
     choices: _Choices
     # Of images on which it answered as the network does: how many go together.
     confirmed: dict[torch.Size, int] = field(default_factory=dict)
-    last_maps: dict[torch.Size, int | None] = field(default_factory=dict)  # of images of a size, as the program's
+    last_maps: dict[torch.Size, int] = field(default_factory=dict)  # of images of a size, as the program's
 
 
 class PrunedEngine:
@@ -304,11 +304,14 @@ class PrunedEngine:
             if not weighs:
                 return program.record(images, known)
             size = images.shape[1:]
-            if size not in compiled.last_maps:
+            place = compiled.last_maps.get(size)  # at once: other threads may clear them
+            if place is None:
+                place = program.last_map(images[:1])
                 if len(compiled.last_maps) >= _MOST_SIZES:
                     compiled.last_maps.clear()
-                compiled.last_maps[size] = program.last_map(images[:1])
-            return program.record(images, known, compiled.last_maps[size], staged(plan.evidence, self._device))
+                if place is not None:
+                    compiled.last_maps[size] = place
+            return program.record(images, known, place, staged(plan.evidence, self._device))
 
         record = self._confirmed(compiled, images, call, lambda record: record.logits)
         if weighs and record.weighing is None:
