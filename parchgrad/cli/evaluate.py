@@ -73,7 +73,7 @@ POINTS = 25
 @click.option("--images", type=COUNT, help=f"Photographs to measure on, at most.  [default: {IMAGES}]")
 @click.option("--mosaics", type=click.IntRange(0), help=f"Pictures of four photographs.  [default: {MOSAICS}]")
 @click.option("--curves", type=click.IntRange(0), help="Photographs that pixels are taken from.  [default: 16]")
-@click.option("--checks", type=click.IntRange(0), help="Photographs of the sanity checks.  [default: 8]")
+@click.option("--checks", type=click.IntRange(0), help="Photographs of the sanity checks.  [default: 10]")
 @click.option("--step", type=COUNT, help="Pixels at a time of insertion and deletion.  [default: 224]")
 @click.option("--quick", is_flag=True, help="A look in under a minute: few pictures, coarse steps, no grid.")
 @click.option("--quantiles", type=QuantileParameter(), help="Grid of ParchGrad; LOWER/UPPER is one for each half of "

@@ -16,8 +16,10 @@ Floats = NDArray[np.float64]
 
 # The best and the worst of these are shown, and the words for each.
 EXTREMES = {"mosaic_mass": "mass on its quarter", "object_mass": "mass on the object", "insertion": "insertion"}
-# Where it points wrongly.
+# Where it points wrongly; and the measure that a map of zeros, which points nowhere, has no value of.
 MISSES = {"mosaic_hits": "points to a wrong quarter", "object_hits": "points beside the object"}
+MASS = {"mosaic_hits": "mosaic_mass", "object_hits": "object_mass"}
+SURE = 0.5  # a probability above it: the model means the class, so a miss is a surprise
 # Gains and losses are by the first of these that both methods have.
 COMPARED_BY = ("mosaic_mass", "object_mass", "insertion")
 COMPARED_WITH = (REFERENCE, "Grad-CAM")
@@ -40,8 +42,10 @@ class Case:
     figures: Mapping[str, Mapping[str, float]]
 
 
-def choose(results: Results, method: str = "ParchGrad", each: int = 2) -> list[tuple[str, int]]:
+def choose(results: Results, method: str | None = None, each: int = 2) -> list[tuple[str, int]]:
     """Pictures that show what `method` does, as (reason, index in `results.shown`); none twice.
+
+    By default it is the row that the results are about, without one the first that looks at the model.
 
     The `each` best and worst by every measure of EXTREMES, the `each` misses of which the model is surest, and the
     largest gain and loss against each of COMPARED_WITH. A picture chosen for two reasons has both. The same results
@@ -50,6 +54,11 @@ def choose(results: Results, method: str = "ParchGrad", each: int = 2) -> list[t
     if each < 1:
         raise OptionError("each", each, "an integer of at least 1")
     names = [row.name for row in results.rows]
+    if method is None:
+        rows = [results.ours, *(row for row in results.rows if row.group != "baseline"), *results.rows]
+        method = next((row.name for row in rows if row is not None), None)
+        if method is None:
+            return []
     if method not in names:
         raise OptionError("method", method, ", ".join(names))
     reasons: dict[int, list[str]] = {}
@@ -73,8 +82,9 @@ def _wishes(results: Results, method: str, each: int) -> Iterator[tuple[str, int
         pictures = results.pictures[key]
         if key in MISSES:
             sure = np.array([results.shown[index].probability for index in pictures])
-            for place in _largest(np.where(values == 0, sure, np.nan), each):
-                yield f" {MISSES[key]}, though the model gives the class {sure[place]:.2f}", pictures[place]
+            for place in _largest(np.where((values == 0) & _has_mass(results, key, method), sure, np.nan), each):
+                but = "though" if sure[place] > SURE else "where"
+                yield f" {MISSES[key]}, {but} the model gives the class {sure[place]:.2f}", pictures[place]
             continue
         sign = -1 if _direction(key) == "lower" else 1
         best, worst = _largest(sign * values, each), _largest(-sign * values, each)
@@ -106,6 +116,15 @@ def _gain_and_loss(results: Results, method: str, other: str) -> Iterator[tuple[
 def _values(results: Results, key: str, method: str) -> Floats | None:
     values = results.values.get(key, {}).get(method)
     return None if values is None or not np.isfinite(values).any() else values
+
+
+def _has_mass(results: Results, key: str, method: str) -> NDArray[np.bool_]:
+    """Of each picture of `key`, whether the map is other than zeros; all where mass was not measured."""
+    mass = results.values.get(MASS[key], {}).get(method)
+    if mass is None:
+        return np.ones(len(results.pictures[key]), bool)
+    found = dict(zip(results.pictures[MASS[key]], np.isfinite(mass).tolist(), strict=True))
+    return np.array([found.get(index, True) for index in results.pictures[key]], bool)
 
 
 def _largest(values: Floats, count: int) -> list[int]:

@@ -57,7 +57,7 @@ class Effort:
     """
 
     curves: int = 16
-    checks: int = 8
+    checks: int = 10
     step: int | None = None
     rows: int = 1
     road: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
@@ -161,10 +161,9 @@ def study(
 def cases_of(subject: Subject, results: Results, *, each: int = 2, progress: Progress | None = None) -> list[Case]:
     """The pictures worth looking at, with every method's map: a few, so their maps are made again here.
 
-    Worth it to `Results.ours`; to the first row where there is no such one.
+    Worth it to `Results.ours`.
     """
-    about = results.ours or results.rows[0]
-    chosen = choose(results, about.name, each=each)
+    chosen = choose(results, each=each)
 
     def work(number: int) -> Case:
         reason, index = chosen[number]

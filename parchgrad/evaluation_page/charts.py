@@ -10,9 +10,9 @@ import numpy as np
 
 from parchgrad.evaluation.measures import Measure
 from parchgrad.evaluation.results import REFERENCE, Floats, Results, Row
-from parchgrad.evaluation_page.verdict import CHEAP, number, our_row, span
+from parchgrad.evaluation_page.verdict import CHEAP, number, span
 
-# Curves that are told apart by colour and dashes; all others are grey.
+# Curves that are told apart by colour and dashes; all others are grey, and each once more by itself.
 REFERENCES = {REFERENCE: "reference", "Grad-CAM": "cam", "random map": "chance"}
 MOST_NAMES = 12  # of layers below the cascade
 LETTER = 6.6  # about a letter's width in the scatter's units
@@ -52,6 +52,7 @@ class DotChart:
 
 @dataclass(frozen=True)
 class Line:
+    id: str  # of the page
     name: str
     kind: str  # `ours`, one of REFERENCES' values or `other`
     points: str
@@ -78,7 +79,7 @@ class Plot:
     words: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    lines: tuple[Line, ...] = ()
+    lines: tuple[Line, ...] = ()  # in the order they are drawn
     marks: tuple[Mark, ...] = ()
     bound: float | None = None  # x of a vertical line
     up: bool = True  # whether higher is better
@@ -89,6 +90,26 @@ class Plot:
     right: int = 26
     top: int = 12
     bottom: int = 46
+
+    @property
+    def box(self) -> str:
+        """The viewBox of the lines alone, with half a stroke's room."""
+        return f"{self.left - 3} {self.top - 3} {self.width - self.left - self.right + 6} " + str(
+            self.height - self.top - self.bottom + 6
+        )
+
+    @property
+    def others(self) -> tuple[Line, ...]:
+        """Lines that only a drawing of their own tells apart."""
+        return tuple(line for line in self.lines if line.kind == "other")
+
+    @property
+    def compared(self) -> Line | None:
+        """The line that stands beside each of `others`: ours, or the reference."""
+        for kind in ("ours", "reference"):
+            if found := next((line for line in self.lines if line.kind == kind), None):
+                return found
+        return None
 
     def x(self, share: float) -> float:
         return self.left + share * (self.width - self.left - self.right)
@@ -125,7 +146,7 @@ class Axis:
 
 def kind_of(results: Results, name: str) -> str:
     """How a method's curve is drawn."""
-    ours = our_row(results)
+    ours = results.ours
     return "ours" if ours is not None and ours.name == name else REFERENCES.get(name, "other")
 
 
@@ -166,7 +187,7 @@ def scatter(results: Results, measure: Measure) -> Plot | None:
     axis = Axis.of(value for _, interval, _ in points for value in (interval.mean, interval.low, interval.high))
     least, most = min(passes for _, _, passes in points), max(CHEAP, *(passes for _, _, passes in points))
     low, high = math.log(min(1.0, least) * 0.92), math.log(most * 1.25)
-    ours = our_row(results)
+    ours = results.ours
     blank = Plot(title="", x_title="", y_title="", words="", x_ticks=(), y_ticks=(), width=720, height=400)
 
     def across(passes: float) -> float:
@@ -214,9 +235,12 @@ def curves(results: Results, key: str, title: str, x_title: str) -> Plot | None:
     axis = Axis.of(np.concatenate([curve.mean for curve in by_name.values()]).tolist())
     blank = Plot(title, x_title, "", "", (), ())
     lines = [
-        _line(results, name, blank, np.asarray(curve.fractions, np.float64), np.asarray(curve.mean, np.float64), axis)
-        for name, curve in by_name.items()
-    ]
+        _line(
+            results, name, f"line-{key}-{place}", blank, np.asarray(curve.fractions, np.float64),
+            np.asarray(curve.mean, np.float64), axis,
+        )
+        for place, (name, curve) in enumerate(by_name.items())
+    ]  # fmt: skip
     return Plot(
         title=title,
         x_title=x_title,
@@ -239,9 +263,12 @@ def cascade(results: Results) -> Plot | None:
     places = np.linspace(0, count, min(count, MOST_NAMES - 1) + 1).round().astype(int).tolist()
     shares = np.arange(count + 1) / count
     lines = [
-        _line(results, name, blank, shares, np.concatenate([[1.0], np.asarray(one, np.float64)]), axis)
-        for name, one in results.cascade.items()
-    ]
+        _line(
+            results, name, f"line-cascade-{place}", blank, shares,
+            np.concatenate([[1.0], np.asarray(one, np.float64)]), axis,
+        )
+        for place, (name, one) in enumerate(results.cascade.items())
+    ]  # fmt: skip
     return Plot(
         title="Similarity with the model's map",
         x_title="",
@@ -269,12 +296,12 @@ def _strip(results: Results, measure: Measure, axis: Axis, name: str) -> Strip |
     )
 
 
-def _line(results: Results, name: str, plot: Plot, x: Floats, y: Floats, axis: Axis) -> Line:
+def _line(results: Results, name: str, ident: str, plot: Plot, x: Floats, y: Floats, axis: Axis) -> Line:
     there = np.isfinite(y)
     points = " ".join(
         f"{plot.x(float(a)):.1f},{plot.y(axis.share(float(b))):.1f}" for a, b in zip(x[there], y[there], strict=True)
     )
-    return Line(name, kind_of(results, name), points)
+    return Line(ident, name, kind_of(results, name), points)
 
 
 def _in_order(lines: Sequence[Line]) -> tuple[Line, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from parchgrad.evaluation.cases import Case
 from parchgrad.evaluation.intervals import CONFIDENCE
 from parchgrad.evaluation.measures import MEASURES, SECTIONS, Measure, Section
-from parchgrad.evaluation.results import REFERENCE, Cell, Results, Row
+from parchgrad.evaluation.results import FEWEST_IMAGES, REFERENCE, Cell, Results, Row
 from parchgrad.evaluation_page import charts, pictures, verdict
 from parchgrad.files import write_text
 
@@ -43,8 +43,14 @@ ONLY_SOME = {
 # Of the settings: in a block to be copied, and with each method.
 SHOWN_ELSEWHERE = ("command", "methods")
 NOT_MEASURED, NO_VALUE = "was not measured", "has no value on any of the pictures"
-STATES = {"stays": "stays", "changes": "changes", "open": "not clear", "blind": "not looked at"}
+STATES = {
+    "stays": "more alike", "changes": "less alike", "open": "not clear", "few": "too few", "blind": "not looked at",
+}  # fmt: skip
+# These stand in the table of sanity checks, not in that of all figures.
 CHECKS = tuple(verdict.REPLACED)
+# Settings that name a place: of it the last part is shown, for a page is passed on, the folders of a machine are not.
+PLACES = ("root", "path", "folder", "file")
+MOSAIC = "a mosaic is four photographs of different classes in one picture"
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def write_page(results: Results, cases: Sequence[Case], path: str | os.PathLike[
 
 
 def _context(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
-    ours = verdict.our_row(results)
+    ours = results.ours
     heads = verdict.headline(results)
     measured = [one for one in results.measures if results.cells[one.key]]
     pairs = [found for keys in verdict.HEADLINES[:2] if (found := [one for one in measured if one.key in keys])]
@@ -118,13 +124,19 @@ def _context(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
         "results": results,
         "title": _title(results.settings),
         "verdict": verdict.sentences(results),
+        "heads": heads,
+        "spoken_of": verdict.spoken_of(results),
+        "mosaic": MOSAIC if any(one.kind == "mosaic" for one in results.shown) else None,
+        "fewest": FEWEST_IMAGES,
         "facts": _facts(results),
         "tables": [table for keys in TABLES if (table := _table(results, keys))],
         "section_titles": {section.key: section.title for section in SECTIONS},
         "dots": [charts.dot_chart(results, pair) for pair in pairs or ([list(heads)] if heads else [])],
         "scatter": charts.scatter(results, heads[0]) if heads else None,
         "curves": [plot for plot in plots if plot is not None],
-        "curve_pictures": _range([one.images for by_name in results.curves.values() for one in by_name.values()]),
+        "curve_pictures": _range(
+            [one.images for by_name in results.curves.values() for one in by_name.values()], "picture"
+        ),
         "cascade": charts.cascade(results),
         "checks": _checks(results),
         "cases": [_case(results, case) for case in cases],
@@ -137,7 +149,11 @@ def _context(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
         "confidence": round(100 * CONFIDENCE),
         "cheap": verdict.CHEAP,
         "alike": verdict.ALIKE,
-        "replaced": verdict.REPLACED,
+        "replaced": {
+            key: (what, verdict.counted(results, results.pictures[key]))
+            for key, what in verdict.REPLACED.items()
+            if results.cells.get(key)
+        },
         "smooth": pictures.SMOOTH,
     }
 
@@ -151,9 +167,8 @@ def _named(value: Any, otherwise: str) -> str:
     if isinstance(value, Mapping):
         if value.get("name"):
             return str(value["name"])
-        # The last part only: a page is passed on, the folders of a machine are not.
-        place = next((str(value[key]) for key in ("root", "path", "folder") if value.get(key)), "")
-        return place.rstrip("/").rsplit("/", 1)[-1] or otherwise
+        place = next((str(value[key]) for key in PLACES if value.get(key)), "")
+        return _last_part(place) or otherwise
     if isinstance(value, (list, tuple)):
         return ", ".join(str(one) for one in value) or otherwise
     return str(value) if value not in (None, "") else otherwise
@@ -161,11 +176,12 @@ def _named(value: Any, otherwise: str) -> str:
 
 def _facts(results: Results) -> list[tuple[str, str]]:
     facts = [("methods", str(len(results.rows)))]
-    for kind, words in (("mosaic", "mosaics"), ("photograph", "photographs")):
+    for kind, words in (("mosaic", "pictures of four photographs"), ("photograph", "pictures of one")):
         shown = [one for one in results.shown if one.kind == kind]
         if shown:
             targets = len({one.target for one in shown})
-            facts.append((words, f"{len(shown):,} of {targets:,} class{'es' if targets != 1 else ''}"))
+            classes = f"{targets:,} class{'es' if targets != 1 else ''}"
+            facts.append((words, f"{verdict.plural(len(shown), kind)}, of {classes}"))
     whole = [one for one in results.shown if one.kind == "photograph"]
     if whole:
         right = sum(one.predicted for one in whole) / len(whole)
@@ -197,7 +213,11 @@ def _table(results: Results, keys: Sequence[str]) -> _Table | None:
 
 
 def _columns(results: Results, section: Section) -> _Columns | None:
-    measures = tuple(one for one in results.measures if one.section == section.key and results.cells[one.key])
+    measures = tuple(
+        one
+        for one in results.measures
+        if one.section == section.key and one.key not in CHECKS and results.cells[one.key]
+    )
     if not measures:
         return None
     sizes = {
@@ -208,19 +228,29 @@ def _columns(results: Results, section: Section) -> _Columns | None:
     if len(set(sizes.values())) > 1:
         words = "How many pictures stands above each column"
         return _Columns(section, measures, words, {key: size for key, (size, _) in sizes.items()})
-    size, photographs = sizes[measures[0].key]
-    words = f"{size:,} picture{'s' if size != 1 else ''}"
-    return _Columns(section, measures, words + (f", of {photographs:,} photographs" if photographs != size else ""), {})
+    return _Columns(section, measures, verdict.counted(results, results.pictures[measures[0].key]), {})
 
 
 def _best(results: Results, measure: Measure) -> set[str]:
-    """The methods with the best mean. Baselines are no candidates for the checks: they look at no model."""
+    """The methods whose mean reads as the best does; none where all read the same.
+
+    No candidates are means of fewer than FEWEST_IMAGES photographs, those no better than chance and, of the checks,
+    baselines: they look at no model.
+    """
     blind = {row.name for row in results.rows if row.group == "baseline"} if measure.section == "checks" else set()
-    means = {name: cell.interval.mean for name, cell in results.cells[measure.key].items() if name not in blind}
-    if measure.better is None or len(means) < 2:
+    intervals = {name: cell.interval for name, cell in results.cells[measure.key].items() if name not in blind}
+    if measure.better is None or len({verdict.number(one.mean) for one in intervals.values()}) < 2:
         return set()
-    most = min(means.values()) if measure.better == "lower" else max(means.values())
-    return {name for name, mean in means.items() if mean == most}
+    sign = -1 if measure.better == "lower" else 1
+    means = {
+        name: one.mean
+        for name, one in intervals.items()
+        if one.images >= FEWEST_IMAGES
+        and math.isfinite(one.low)
+        and (measure.chance is None or sign * (one.mean - measure.chance) > 0)
+    }
+    most = verdict.number(max(means.values(), key=lambda mean: sign * mean)) if means else None
+    return {name for name, mean in means.items() if verdict.number(mean) == most}
 
 
 def _field(results: Results, measure: Measure, name: str, best: set[str]) -> _Field:
@@ -265,10 +295,11 @@ def _checks(results: Results) -> list[tuple[Row, dict[str, Any]]]:
 
 def _case(results: Results, case: Case) -> dict[str, Any]:
     maps = []
-    ours = verdict.our_row(results)
+    ours = results.ours
     for row in sorted(results.rows, key=lambda row: ours is None or row.name != ours.name):
         saliency = case.maps.get(row.name)
         picture = None
+        empty = saliency is not None and not np.any(saliency)
         if saliency is not None and np.isfinite(saliency).all():
             side = pictures.LARGE if ours is not None and row.name == ours.name else pictures.SIDE
             picture = pictures.explained(case.pixels, saliency, case.mask, side)
@@ -277,10 +308,13 @@ def _case(results: Results, case: Case) -> dict[str, Any]:
             {
                 "row": row,
                 "picture": picture,
-                "figures": [
+                "figures": ["zeros only"] * empty
+                + [
                     _below(measure, figures[measure.key])
                     for measure in MEASURES
-                    if measure.key in BELOW_PICTURES and math.isfinite(figures.get(measure.key, math.nan))
+                    if measure.key in BELOW_PICTURES
+                    and math.isfinite(figures.get(measure.key, math.nan))
+                    and not (empty and measure.key in HITS)
                 ],
             }
         )
@@ -299,7 +333,13 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{before}{name}.")
         else:
-            yield f"{before}{name}", _in_words(value)
+            place = isinstance(value, str) and name in PLACES
+            yield f"{before}{name}", _last_part(value) if place else _in_words(value)
+
+
+def _last_part(place: str) -> str:
+    """The name at the end of a path, of either kind of slash."""
+    return place.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _in_words(value: Any) -> str:
@@ -314,9 +354,9 @@ def _in_words(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _range(counts: Sequence[int]) -> str:
+def _range(counts: Sequence[int], word: str) -> str:
     least, most = min(counts, default=0), max(counts, default=0)
-    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return verdict.plural(most, word) if least == most else f"{least:,} to {verdict.plural(most, word)}"
 
 
 def _command(settings: Mapping[str, Any]) -> str | None:

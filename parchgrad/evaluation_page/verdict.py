@@ -6,17 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from parchgrad.evaluation.intervals import Interval, difference_interval
-from parchgrad.evaluation.measures import MEASURES, Measure
-from parchgrad.evaluation.results import Results, Row
+import numpy as np
 
-OURS = "ParchGrad"
+from parchgrad.evaluation.intervals import CONFIDENCE, Interval, difference_interval
+from parchgrad.evaluation.measures import MEASURES, Measure
+from parchgrad.evaluation.results import FEWEST_IMAGES, Results, Row
+
 CHEAP = 3.0  # forward passes: what a service can pay for a map
 # Measures a sentence each, the first pair that was measured.
 HEADLINES = (("mosaic_mass", "mosaic_hits"), ("object_mass", "object_hits"), ("insertion", "deletion"))
 JUDGED_SECTIONS = ("mosaics", "objects", "perturbation")
 PLACES = {"mosaics": " on mosaics", "objects": " on boxes and masks"}
-# A rank correlation above it: more alike than not.
+# A rank correlation above it: more alike than not. Our reading; nobody has set a limit.
 ALIKE = 0.5
 SAME = 1 - 1e-9
 
@@ -30,15 +31,21 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class Gap:
-    """How far ahead of another a method is by one measure; positive is better, whatever the measure's direction."""
+    """How far ahead of another a method is by one measure; positive is better, whatever the measure's direction.
+
+    pictures, images: that both have a value on, and the photographs these are of.
+    """
 
     mean: float
     low: float
     high: float
+    pictures: int
+    images: int
 
     @property
     def known(self) -> bool:
-        return math.isfinite(self.low) and math.isfinite(self.high)
+        """Whether it is of enough photographs to be called beyond chance or not."""
+        return self.images >= FEWEST_IMAGES and math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
     def ahead(self) -> bool:
@@ -51,10 +58,17 @@ class Gap:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method among others, which are in the order of their means: those surely ahead of it, those level with it."""
+    """A method among others by one measure; all names are in the order of their means, the best first.
+
+    better: those with a better mean.  comparisons: made to say so, which the intervals are widened for.  pictures: in
+    words.
+    """
 
     name: str
     gaps: dict[str, Gap]  # its lead over each
+    better: tuple[str, ...]
+    comparisons: int
+    pictures: str
 
     @property
     def ahead(self) -> list[str]:
@@ -62,42 +76,58 @@ class Standing:
 
     @property
     def level(self) -> list[str]:
-        return [other for other, gap in self.gaps.items() if not gap.behind and not gap.ahead]
+        return [other for other, gap in self.gaps.items() if gap.known and not gap.behind and not gap.ahead]
+
+    @property
+    def few(self) -> list[str]:
+        """Those of which too few photographs are known."""
+        return [other for other, gap in self.gaps.items() if not gap.known]
+
+    @property
+    def open(self) -> bool:
+        """Whether there are too few photographs for any comparison."""
+        return len(self.few) == len(self.gaps)
 
     def words(self, where: str, bound: str, mean: Mapping[str, float]) -> str:
         """One sentence. `bound` says which methods are compared, `mean` holds their means."""
-        ours, among = f"{quoted(self.name)} {number(mean[self.name])}", f"{len(self.gaps) + 1} methods{bound}"
+        where, ours = f"{where} ({self.pictures})", f"{quoted(self.name)} {number(mean[self.name])}"
+        if self.open:
+            best = next(iter(self.gaps))
+            return (
+                f"{where}, no method is told from another: these are too few to compare, at least {FEWEST_IMAGES} "
+                f"photographs are needed. The means: {ours}, {quoted(best)} {number(mean[best])}."
+            )
+        among = f"{len(self.gaps) - len(self.few) + 1} methods{bound}"
         if self.ahead:
-            best, gap = self.ahead[0], self.gaps[self.ahead[0]]
-            return (
-                f"{where}, {quoted(self.name)} is not first of the {among}: {quoted(best)} "
-                f"{number(mean[best])}, {ours}; the difference is beyond chance "
-                f"(95 % interval {span(-gap.high, -gap.low)})."
-            )
-        if self.level:
-            best, gap = self.level[0], self.gaps[self.level[0]]
-            why = (
-                f"the interval of {'their' if len(self.level) == 1 else 'the'} difference holds 0 "
-                f"(95 % interval {span(gap.low, gap.high)})"
-                if gap.known
-                else "there are too few photographs for an interval"
-            )
-            others = listed(self.level) if len(self.level) <= 3 else f"{quoted(best)} and {len(self.level) - 1} others"
-            return (
+            said = f"{where}, {quoted(self.name)}, {number(mean[self.name])}, is not first of the {among}: "
+            said += _and([f"{quoted(one)} {number(mean[one])}" for one in self.ahead])
+            said += f" {'is' if len(self.ahead) == 1 else 'are'} better beyond chance ({self._interval(self.ahead[0])})"
+            if also := [one for one in self.better if one in self.level]:
+                said += f"; {_and([f'{quoted(one)} {number(mean[one])}' for one in also])}, better too, within chance"
+        elif self.level:
+            named = [one for one in self.level if one in self.better]
+            named += [one for one in self.level if one not in named][: max(0, 3 - len(named))]
+            rest = len(self.level) - len(named)
+            others = _and([*map(quoted, named), *([f"{rest} other{'s' if rest > 1 else ''}"] if rest else [])])
+            said = (
                 f"{where}, {quoted(self.name)} cannot be told apart from {others}, of the {among}: {ours}, "
-                f"{quoted(best)} {number(mean[best])}; {why}."
+                f"{_and([f'{quoted(one)} {number(mean[one])}' for one in named])}; 0 lies in the "
+                f"{self._interval(named[0])}"
             )
-        best, gap = next(iter(self.gaps.items()))
-        return (
-            f"{where}, {quoted(self.name)} is first of the {among}: {number(mean[self.name])}, next {quoted(best)} "
-            f"{number(mean[best])}; the difference is beyond chance (95 % interval {span(gap.low, gap.high)})."
-        )
+        else:
+            best = next(one for one, gap in self.gaps.items() if gap.known)
+            said = (
+                f"{where}, {quoted(self.name)} is first of the {among}: {number(mean[self.name])}, next {quoted(best)} "
+                f"{number(mean[best])}; it is ahead of each beyond chance ({self._interval(best)})"
+            )
+        return said + (f"; too few photographs to compare it with {listed(self.few)}." if self.few else ".")
 
-
-def our_row(results: Results) -> Row | None:
-    """The row the sentences are about: that called ParchGrad, else the first of its group."""
-    rows = [row for row in results.rows if row.group == "parchgrad"]
-    return next((row for row in rows if row.name == OURS), rows[0] if rows else None)
+    def _interval(self, other: str) -> str:
+        """The difference from `other` in words, as a positive number where `other` is ahead."""
+        gap = self.gaps[other]
+        low, high = (-gap.high, -gap.low) if gap.behind else (gap.low, gap.high)
+        how = f", widened for {self.comparisons} comparisons" if self.comparisons > 1 else ""
+        return f"95 % interval of the difference from {quoted(other)}, {span(low, high)}{how}"
 
 
 def headline(results: Results) -> tuple[Measure, ...]:
@@ -109,35 +139,69 @@ def headline(results: Results) -> tuple[Measure, ...]:
     return ()
 
 
-def gap(results: Results, key: str, name: str, other: str) -> Gap:
-    """The lead of `name` over `other`, picture by picture, with its bootstrap interval over photographs."""
+def gap(results: Results, key: str, name: str, other: str, comparisons: int = 1) -> Gap:
+    """The lead of `name` over `other`, picture by picture, with its bootstrap interval over photographs.
+
+    The interval is widened so that of `comparisons` such all hold together (Bonferroni).
+    """
     groups = [results.shown[index].group for index in results.pictures[key]]
     values = results.values[key]
-    found = difference_interval(values[name], values[other], groups, resamples=results.resamples)
+    confidence = 1 - (1 - CONFIDENCE) / comparisons
+    found = difference_interval(
+        values[name], values[other], groups, resamples=results.resamples, confidence=confidence
+    )  # fmt: skip
+    low, high, mean = found.low, found.high, found.mean
     if _measure(key).better == "lower":
-        return Gap(-found.mean, -found.high, -found.low)
-    return Gap(found.mean, found.low, found.high)
+        low, high, mean = -high, -low, -mean
+    return Gap(mean, low, high, found.maps, found.images)
 
 
 def sentences(results: Results) -> list[str]:
     """Who is first and how surely, where ParchGrad is not, and which maps stay when they should change."""
-    ours = our_row(results)
+    ours = results.ours
     said = [_who_is_first(results, measure, ours) for measure in headline(results)]
     if ours is not None:
         said += _elsewhere(results, ours)
     return said + _sanity(results)
 
 
+def spoken_of(results: Results) -> tuple[Measure, ...]:
+    """The measures that the sentences name, but for the sanity checks."""
+    first = headline(results)
+    return (*first, *(one for one in _judged(results) if one not in first))
+
+
+def cheap(row: Row) -> bool:
+    """Whether it costs at most about CHEAP: to half a pass, which a busy machine does not change."""
+    return row.cost is not None and _halves(row.cost.passes) <= CHEAP
+
+
 def state(interval: Interval) -> str:
     """Of a rank correlation with the map under chance.
 
-    `blind`: always 1, it was not looked at; `stays`, `changes`; `open` where the interval leaves it.
+    `blind`: always 1, it was not looked at; `stays`, `changes`: surely above or below ALIKE; `open` where the interval
+    leaves it; `few`: of fewer than FEWEST_IMAGES photographs.
     """
     if interval.mean > SAME and not interval.low <= SAME:
         return "blind"
-    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
-        return "open"
+    if interval.images < FEWEST_IMAGES or not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return "few"
     return "stays" if interval.low > ALIKE else "changes" if interval.high < ALIKE else "open"
+
+
+def counted(results: Results, indices: Sequence[int]) -> str:
+    """How many pictures, of what kind and of how many photographs, in words."""
+    shown = [results.shown[index] for index in indices]
+    kinds, images = {one.kind for one in shown}, len({one.group for one in shown})
+    kind = kinds.pop() if len(kinds) == 1 else "picture"
+    if kind == "photograph" and images != len(shown):
+        kind = "picture"
+    return plural(len(shown), kind) + ("" if images == len(shown) else f" of {plural(images, 'photograph')}")
+
+
+def plural(count: int, word: str) -> str:
+    """`1 picture`, `8 pictures`."""
+    return f"{count:,} {word}{'s' if count != 1 else ''}"
 
 
 def number(value: float) -> str:
@@ -192,113 +256,168 @@ def _measure(key: str) -> Measure:
     return next(measure for measure in MEASURES if measure.key == key)
 
 
+def _halves(passes: float) -> float:
+    return round(2 * passes) / 2
+
+
 def _compared(results: Results, key: str, ours: Row | None) -> tuple[list[str], bool]:
-    """Methods that are compared, best first, without our other settings; whether they are the cheap ones only."""
+    """Methods that are compared, best first, without our other settings; whether they are the cheap ones only.
+
+    Ours is always one of them, whatever it costs.
+    """
     bounded = any(row.cost is not None for row in results.rows)
-    rows = [row for row in results.rows if not bounded or (row.cost is not None and row.cost.passes <= CHEAP)]
-    names = {row.name for row in rows if ours is None or row.group != "parchgrad" or row.name == ours.name}
+    names = {
+        row.name
+        for row in results.rows
+        if (ours is not None and row.name == ours.name)
+        or ((not bounded or cheap(row)) and (ours is None or row.group != "parchgrad"))
+    }
     return [name for name in results.ranking(key) if name in names], bounded
 
 
 def _who_is_first(results: Results, measure: Measure, ours: Row | None) -> str:
     ranking, bounded = _compared(results, measure.key, ours)
     where = f"In {name_of(measure)}"
-    bound = " that cost at most three forward passes" if bounded else ""
+    bound = " that cost at most about three forward passes" if bounded else ""
     mean = {name: cell.interval.mean for name, cell in results.cells[measure.key].items()}
     if not ranking:
         return f"{where}, no method{bound} was measured."
-    first = ranking[0]
+    first, compared = ranking[0], True
     if len(ranking) == 1:
-        said = f"{where}, only {first} was measured of the methods{bound}: {number(mean[first])}."
+        pictures = _pictures(results, measure.key, [first])
+        said = f"{where} ({pictures}), only {first} was measured of the methods{bound}: {number(mean[first])}."
     else:
         name = ours.name if ours is not None and ours.name in ranking else first
-        said = _standing(results, measure.key, name, ranking).words(where, bound, mean)
+        standing = _standing(results, measure, name, ranking, ours)
+        said = standing.words(where, bound, mean)
+        compared = not standing.open
     if ours is None:
         said += " ParchGrad was not measured."
     elif ours.name not in ranking:
-        said += f" {ours.name} is not among them: {_absence(ours, measure, results)}."
-    return said + _beyond(results, measure, ours, mean, ranking)
+        said += f" {ours.name} is not among them: it has no value here."
+    elif compared and bounded and not cheap(ours):
+        said += f" {_price(ours)}"
+    return said if not compared else said + _beyond(results, measure, ours, mean, ranking)
 
 
-def _standing(results: Results, key: str, name: str, ranking: Sequence[str]) -> Standing:
-    return Standing(name, {other: gap(results, key, name, other) for other in ranking if other != name})
+def _standing(results: Results, measure: Measure, name: str, ranking: Sequence[str], ours: Row | None) -> Standing:
+    others = [other for other in ranking if other != name]
+    # A method that is looked at because it is first is one of all pairs.
+    chosen = ours is not None and name == ours.name
+    comparisons = len(others) if chosen else len(others) * len(ranking) // 2
+    gaps = {other: gap(results, measure.key, name, other, comparisons) for other in others}
+    mean = {one: results.cells[measure.key][one].interval.mean for one in ranking}
+    sign = -1 if measure.better == "lower" else 1
+    better = tuple(other for other in others if sign * (mean[other] - mean[name]) > 0)
+    return Standing(name, gaps, better, comparisons, _pictures(results, measure.key, [name]))
 
 
-def _absence(ours: Row, measure: Measure, results: Results) -> str:
-    if ours.name not in results.cells[measure.key]:
-        return "it has no value here"
+def _pictures(results: Results, key: str, names: Sequence[str]) -> str:
+    """The pictures of a measure that any of `names` has a value on, in words."""
+    values = [results.values[key][name] for name in names]
+    there = [any(np.isfinite(one[place]) for one in values) for place in range(len(results.pictures[key]))]
+    return counted(results, [index for index, found in zip(results.pictures[key], there, strict=True) if found])
+
+
+def _price(ours: Row) -> str:
     if ours.cost is None:
-        return "its cost was not measured"
-    return f"it costs {ours.cost.passes:.1f}"
+        return f"The cost of {quoted(ours.name)} was not measured."
+    return f"{quoted(ours.name)} itself costs more, about {_halves(ours.cost.passes):g}."
 
 
 def _beyond(
     results: Results, measure: Measure, ours: Row | None, mean: dict[str, float], ranking: Sequence[str]
 ) -> str:
     """What the comparison left out and is better still: another setting of ours, a dearer method."""
-    said, best = "", ranking[0]
+    best = ranking[0]
     sign = -1 if measure.better == "lower" else 1
     rows = {row.name: row for row in results.rows}
     better = [name for name in results.ranking(measure.key) if sign * (mean[name] - mean[best]) > 0]
-    settings = [name for name in better if ours is not None and rows[name].group == "parchgrad" and name != ours.name]
-    dearer = [
-        name for name in better
-        if name not in settings and (cost := rows[name].cost) is not None and cost.passes > CHEAP
-    ]  # fmt: skip
+    settings = [name for name in better if ours is not None and rows[name].group == "parchgrad"]
+    dearer = [name for name in better if name not in settings and rows[name].cost is not None]
+    said = []
     if settings:
-        said += f" Another of ParchGrad's settings, {quoted(settings[0])}, has {number(mean[settings[0]])}."
-    if dearer:
-        cost = rows[dearer[0]].cost
-        passes = f" at {cost.passes:.0f} passes" if cost is not None else ""
-        said += f" {quoted(dearer[0])},{passes}, has {number(mean[dearer[0]])}."
-    return said
+        said.append(f"ParchGrad in another setting, {quoted(settings[0])}, {number(mean[settings[0]])}")
+    if dearer and (cost := rows[dearer[0]].cost) is not None:
+        said.append(f"{quoted(dearer[0])}, at {cost.passes:.0f} passes, {number(mean[dearer[0]])}")
+    return f" Not compared, the best of several: {_and(said)}." if said else ""
+
+
+def _judged(results: Results) -> list[Measure]:
+    """Measures with a direction beside the headline's."""
+    told = {measure.key for measure in headline(results)}
+    return [
+        one for one in results.measures
+        if one.section in JUDGED_SECTIONS and one.better is not None and one.key not in told and results.cells[one.key]
+    ]  # fmt: skip
 
 
 def _elsewhere(results: Results, ours: Row) -> list[str]:
-    """By every other measure with a direction: first, level with the first, or behind whom."""
-    told = {measure.key for measure in headline(results)}
-    first, level, behind = [], [], []
+    """By every other measure with a direction: first, level with the first, or behind whom; too few pictures to say."""
+    first: list[str] = []
+    level: list[str] = []
+    behind: list[str] = []
+    few: dict[str, list[str]] = {}
     bounded = False
-    for measure in results.measures:
-        if measure.section not in JUDGED_SECTIONS or measure.better is None or measure.key in told:
-            continue
+    for measure in _judged(results):
         ranking, bounded = _compared(results, measure.key, ours)
         if ours.name not in ranking or len(ranking) < 2:
             continue
-        standing, words = _standing(results, measure.key, ours.name, ranking), name_of(measure)
-        if standing.ahead:
-            behind.append(f"{words} (behind {quoted(standing.ahead[0])})")
-        elif standing.level:
-            level.append(f"{words} (with {quoted(standing.level[0])})")
-        else:
-            first.append(words)
+        standing, words = _standing(results, measure, ours.name, ranking, ours), name_of(measure)
+        if standing.open:
+            few.setdefault(standing.pictures, []).append(words)
+            continue
+        more = f"; better mean: {listed(standing.better)}" if standing.better else ""
+        words = f"{words} ({standing.pictures}{more})"
+        (behind if standing.ahead else level if standing.level else first).append(words)
     parts = [f"first beyond chance in {_and(first)}"] if first else []
-    parts += [f"not to be told apart from others in {_and(level)}"] if level else []
+    parts += [f"not to be told apart from the best of the others in {_and(level)}"] if level else []
     parts += [f"not first, beyond chance, in {_and(behind)}"] if behind else []
-    if not parts:
-        return []
     among = "Among the same methods" if bounded else "By the other measures"
-    return [f"{among}, {ours.name} is {'; '.join(parts)}."]
+    said = [f"{among}, {quoted(ours.name)} is {'; '.join(parts)}."] if parts else []
+    for pictures, names in few.items():
+        measures = _and(names if len(names) <= 3 else [names[0], f"{len(names) - 1} other measures"])
+        said.append(f"{measures[0].upper()}{measures[1:]}: of {pictures}, too few to compare.")
+    return said
 
 
 def _sanity(results: Results) -> list[str]:
-    """Methods that look at the model and whose maps surely stay when it, or their table, is replaced by chance."""
+    """Under each check, how the methods that look at the model come out, and which surely stay as they were."""
     looking = {row.name for row in results.rows if row.group != "baseline"}
-    said, tested = [], False
+    said: list[str] = []
+    few: dict[str, list[str]] = {}
     for key, what in REPLACED.items():
         cells = {name: cell for name, cell in results.cells.get(key, {}).items() if name in looking}
-        tested = tested or bool(cells)
+        if not cells:
+            if looking & set(results.values.get(key, {})):
+                said.append(f"Sanity check, {what}: could not be made, no method has a map left to compare.")
+            continue
+        by_state: dict[str, list[str]] = {}
+        for name, cell in cells.items():
+            by_state.setdefault(state(cell.interval), []).append(name)
+        pictures = _pictures(results, key, list(cells))
+        if set(by_state) == {"few"}:
+            few.setdefault(pictures, []).append(what)
+            continue
+        parts = []
         # Who does not look at the model explains none; a method may do without the table's classes.
-        failing = ("stays", "blind") if key == "cascade" else ("stays",)
-        stays = [name for name, cell in cells.items() if state(cell.interval) in failing]
-        if stays:
-            said.append(
-                f"Fails a sanity check: {_brief(results, stays)}. With {what}, its maps stay much the same as before "
-                f"(rank correlation beyond chance above {ALIKE:g})."
-                if len(stays) == 1
-                else f"Fail a sanity check: {_brief(results, stays)}. With {what}, their maps stay much the same as "
-                f"before (rank correlation beyond chance above {ALIKE:g})."
+        if "blind" in by_state and key != "cascade":
+            parts.append(f"not looked at by {_brief(results, by_state.pop('blind'))}")
+        for one, words in (("blind", "the same"), ("stays", "more alike than not")):
+            if names := by_state.get(one, []):
+                fails = "fails: its map stays" if len(names) == 1 else "fail: their maps stay"
+                parts.append(f"{_brief(results, names)} {fails} {words}")
+        parts += [
+            f"{plural(len(by_state[one]), 'method')} {words}"
+            for one, words in (
+                ("changes", "less alike than not"),
+                ("open", "not clear"),
+                ("few", "with too few photographs to tell"),
             )
-    if tested and not said:
-        said.append("No method that looks at the model surely fails the sanity checks.")
-    return said
+            if one in by_state
+        ]
+        said.append(f"Sanity check, {what} ({pictures}): {'; '.join(parts)}.")
+    return said + [
+        f"Sanity checks with {_and(whats)}: of {pictures}, too few to tell of any method whether its map changes."
+        for pictures, whats in few.items()
+    ]

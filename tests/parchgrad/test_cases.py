@@ -12,7 +12,7 @@ from tests.parchgrad.results import picture, results
 NAN = math.nan
 
 
-def reasons(found, method="ParchGrad", each=2):
+def reasons(found, method=None, each=2):
     return {index: reason for reason, index in choose(found, method, each)}
 
 
@@ -31,14 +31,31 @@ def test_misses_are_those_of_which_the_model_is_surest():
     found = reasons(results({"mosaic_hits": {"ParchGrad": [0, 0, 1, 0]}}, shown=shown))
     assert found == {
         1: "ParchGrad points to a wrong quarter, though the model gives the class 0.90",
-        3: "ParchGrad points to a wrong quarter, though the model gives the class 0.50",
-    }
+        3: "ParchGrad points to a wrong quarter, where the model gives the class 0.50",
+    }, "a surprise only where the model is sure"
+
+
+def test_a_map_of_zeros_points_nowhere():
+    values = {"object_hits": {"ParchGrad": [0, 0, 1]}, "object_mass": {"ParchGrad": [NAN, 0.2, 0.6]}}
+    found = reasons(results(values), each=3)
+    assert 0 not in found
+    assert found[1].endswith("it points beside the object, where the model gives the class 0.50")
+
+
+def test_without_a_method_it_is_the_row_of_the_results():
+    values = {"random map": [0.9, 0.1], "ParchGrad quantile 0.3": [0.5, 0.6]}
+    found = choose(results({"mosaic_mass": values}), each=1)
+    assert found[0] == ("ParchGrad quantile 0.3's best mass on its quarter: 0.60", 1)
+    del values["ParchGrad quantile 0.3"]
+    found = choose(results({"mosaic_mass": values | {"gradient": [0.5, 0.6]}}), each=1)
+    assert found[0] == ("gradient's best mass on its quarter: 0.60", 1)
+    assert choose(results({})) == []
 
 
 def test_a_picture_chosen_twice_is_shown_once_with_both_reasons():
     values = {"object_mass": {"ParchGrad": [0.1, 0.5, 0.6]}, "object_hits": {"ParchGrad": [0, 1, 1]}}
     assert reasons(results(values), each=1)[0] == (
-        "ParchGrad's worst mass on the object: 0.10; it points beside the object, though the model gives the class 0.50"
+        "ParchGrad's worst mass on the object: 0.10; it points beside the object, where the model gives the class 0.50"
     )
 
 
@@ -104,6 +121,6 @@ def test_nothing_to_choose_by():
 
 def test_a_method_that_was_not_measured_is_refused():
     with pytest.raises(OptionError, match="'method' is 'ParchGrad'; allowed: gradient"):
-        choose(results({"mosaic_mass": {"gradient": [0.5, 0.4]}}))
+        choose(results({"mosaic_mass": {"gradient": [0.5, 0.4]}}), "ParchGrad")
     with pytest.raises(OptionError, match="each"):
         choose(results({"mosaic_mass": {"ParchGrad": [0.5, 0.4]}}), each=0)

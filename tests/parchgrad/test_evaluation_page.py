@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from parchgrad.evaluation.cases import Case
-from parchgrad.evaluation.measures import MEASURES
+from parchgrad.evaluation.measures import MEASURES, SECTIONS
 from parchgrad.evaluation_page import charts, pictures, verdict, write_page
 from tests.parchgrad.results import Unavailable, curves, picture, results, row
 
@@ -117,7 +117,7 @@ def full():
         notes=("The table contrasts ten classes.",),
         settings={
             "model": {"name": "net", "sha256": "ab" * 32},
-            "data": {"root": "photographs/of mine/val/"},
+            "data": {"root": "/photographs/of mine/val/"},
             "places": {},
             "methods": {"ParchGrad": {"quantile": 0.1}},
             "seed": 3,
@@ -138,17 +138,21 @@ CAPTIONS = {
 }
 
 
+# The others stand in the table of the sanity checks, and only there.
+IN_TABLES = [one for one in MEASURES if one.key not in verdict.REPLACED]
+
+
 def column_of(page, measure):
     """The measure's place: titles repeat, so by the link of its head."""
-    heads = re.findall(r'href="#m-(\w+)"', page.raw)
-    own = [one.key for one in MEASURES if CAPTIONS[one.section] == CAPTIONS[measure.section]]
+    heads = re.findall(r'<th scope="col"><a href="#m-(\w+)"', page.raw)
+    own = [one.key for one in IN_TABLES if CAPTIONS[one.section] == CAPTIONS[measure.section]]
     assert [key for key in heads if key in own] == own
     return 2 + own.index(measure.key)
 
 
 def test_every_method_and_measure_has_its_cell(full, tmp_path):
     page = page_of(full, tmp_path / "page.html")
-    for measure in MEASURES:
+    for measure in IN_TABLES:
         column = column_of(page, measure)
         lines = {line[0][2]: line for line in page.rows(CAPTIONS[measure.section]) if len(line) > column}
         for method in full.rows:
@@ -198,10 +202,44 @@ def test_marks_say_better_or_worse_than_the_gradient_whatever_the_direction(tmp_
 
 
 def test_a_baseline_is_no_candidate_for_the_best_of_the_checks(tmp_path):
-    values = {"cascade": {"random map": [0.0, 0.1], "gradient": [0.4, 0.3], "Grad-CAM": [0.2, 0.3]}}
-    page = page_of(results(values), tmp_path / "page.html")
-    best = {name: page.cell(CAPTIONS["checks"], name, "cascade")[1].get("class") for name in values["cascade"]}
-    assert best == {"random map": None, "gradient": None, "Grad-CAM": "best"}
+    values = {"max_sensitivity": {name: values_of(mean) for name, mean in
+                                  (("random map", 0.1), ("gradient", 0.4), ("Grad-CAM", 0.2))}}  # fmt: skip
+    assert framed(values, tmp_path) == {"Grad-CAM"}
+
+
+def framed(values, tmp_path, **fields):
+    """Whose cell of the only measure has a frame."""
+    (key,) = values
+    (measure,) = (one for one in MEASURES if one.key == key)
+    (section,) = (one for one in SECTIONS if one.key == measure.section)
+    page = page_of(results(values, **fields), tmp_path / "page.html")
+    caption = f"{section.title}: methods by measures"
+    return {name for name in values[key] if page.cell(caption, name, measure.title)[1].get("class") == "best"}
+
+
+def test_nothing_is_framed_of_few_photographs(tmp_path):
+    values = {"gradient": values_of(0.3, count=9), "Grad-CAM": values_of(0.5, count=9)}
+    assert framed({"deletion": values}, tmp_path) == set()
+    values = {"gradient": values_of(0.3, count=10), "Grad-CAM": values_of(0.5, count=10)}
+    assert framed({"deletion": values}, tmp_path) == {"gradient"}
+    values = {"gradient": values_of(0.3), "Grad-CAM": np.r_[0.1, np.full(11, NAN)]}
+    assert framed({"deletion": values | {"LRP": values_of(0.4)}}, tmp_path) == {"gradient"}
+    shown = [picture(i, group="the same") for i in range(12)]
+    assert framed({"deletion": {"gradient": values_of(0.3), "LRP": values_of(0.4)}}, tmp_path, shown=shown) == set()
+
+
+def test_nothing_is_framed_that_is_no_better_than_chance(tmp_path):
+    assert framed({"entropy_rise": {"gradient": values_of(-1.0), "Grad-CAM": values_of(-0.5)}}, tmp_path) == set()
+    assert framed({"entropy_rise": {"gradient": values_of(-1.0), "Grad-CAM": values_of(0.1)}}, tmp_path) == {"Grad-CAM"}
+    high = {"input x gradient": values_of(1.5), "integrated gradients": values_of(1.2)}
+    assert framed({"completeness_gap": high}, tmp_path) == set()
+
+
+def test_what_reads_the_same_is_framed_alike(tmp_path):
+    values = {"gradient": values_of(0.5), "Grad-CAM": values_of(0.50004), "LRP": values_of(0.4)}
+    assert framed({"insertion": values}, tmp_path) == {"gradient", "Grad-CAM"}
+    del values["LRP"]
+    assert framed({"insertion": values}, tmp_path) == set(), "all alike: none is best"
 
 
 def test_a_missing_cell_says_why(full, tmp_path):
@@ -209,7 +247,7 @@ def test_a_missing_cell_says_why(full, tmp_path):
     (_, found, text) = page.cell(CAPTIONS["objects"], "SmoothGrad", "hits within 15 px")
     assert (found["title"], text) == (reason := "has no value on any of the pictures", f"– {reason}")
     assert "hits within 15 px: SmoothGrad has no value on any of the pictures." in page.text
-    assert "other classes: each of 5 methods has no table, or one of no meaning already." in page.text
+    assert "hits: SmoothGrad" not in page.text
     partly = next(line for line in page.rows(CAPTIONS["objects"]) if line[0][2] == "Grad-CAM")
     assert "n = 9" in partly[4][2]
 
@@ -218,20 +256,21 @@ def test_costs_and_how_many_pictures(full, tmp_path):
     page = page_of(full, tmp_path / "page.html")
     lines = {line[0][2]: line[1][2] for line in page.rows(CAPTIONS["mosaics"]) if len(line) > 2}
     assert (lines["SmoothGrad"], lines["ParchGrad"], lines["gradient"]) == ("26.0", "1.9", "–")
-    assert "the map of one class should lie on its quarter. 12 pictures." in page.text
+    assert "the map of one class should lie on its quarter. Such a picture is a mosaic. 12 mosaics." in page.text
 
 
 def test_pictures_are_counted_by_measure_where_they_differ(tmp_path):
     shown = [picture(i, group=f"p{i % 2}") for i in range(4)]
-    values = {"max_sensitivity": {"gradient": [0.1, 0.2]}, "cascade": {"gradient": [0.1, 0.2, 0.3, 0.2]}}
+    values = {"max_sensitivity": {"gradient": [0.1]}, "entropy_rise": {"gradient": [0.1, 0.2, 0.3, 0.2]}}
     page = page_of(results(values, shown=shown), tmp_path / "page.html")
     heads = next(line for line in page.rows(CAPTIONS["checks"]) if line[0][2] == "method")
     assert [text for _, _, text in heads[2:]] == [
-        "max-sensitivity lower is better 2 pictures",
-        "cascade lower is better 4 pictures",
+        "max-sensitivity lower is better 1 picture",
+        "eMPRT higher is better 4 pictures",
     ]
-    page = page_of(results({"cascade": values["cascade"]}, shown=shown), tmp_path / "page.html")
-    assert "4 pictures, of 2 photographs." in page.text
+    page = page_of(results({"entropy_rise": values["entropy_rise"]}, shown=shown), tmp_path / "page.html")
+    assert "4 mosaics of 2 photographs." in page.text
+    assert "4 mosaics, of 3 classes" in page.text
 
 
 @pytest.mark.parametrize(
@@ -255,16 +294,21 @@ def test_first_beyond_chance():
         {"gradient": values_of(0.3), "Grad-CAM": values_of(0.45, seed=1), "ParchGrad": values_of(0.6, seed=2)}
     )
     assert said.startswith(
-        "In mass on mosaics, ParchGrad is first of the 3 methods that cost at most three forward passes: "
-        "0.600, next Grad-CAM 0.450; the difference is beyond chance (95 % interval 0.1"
+        "In mass on mosaics (12 mosaics), ParchGrad is first of the 3 methods that cost at most about three forward "
+        "passes: 0.600, next Grad-CAM 0.450; it is ahead of each beyond chance (95 % interval of the difference from "
+        "Grad-CAM, 0.1"
     )
+    assert said.endswith(", widened for 2 comparisons).")
 
 
 def test_a_tie_is_called_one():
     (said,) = verdict_of({"Grad-CAM": values_of(0.45, spread=0.1), "ParchGrad": values_of(0.46, spread=0.1, seed=2)})
-    assert said.startswith("In mass on mosaics, ParchGrad cannot be told apart from Grad-CAM, of the 2 methods")
-    assert "holds 0 (95 % interval −0." in said
+    assert said.startswith(
+        "In mass on mosaics (12 mosaics), ParchGrad cannot be told apart from Grad-CAM, of the 2 methods"
+    )
+    assert "0 lies in the 95 % interval of the difference from Grad-CAM, −0." in said
     assert "first" not in said
+    assert "comparisons" not in said
 
 
 def test_a_lower_mean_within_the_interval_is_a_tie_too():
@@ -272,13 +316,43 @@ def test_a_lower_mean_within_the_interval_is_a_tie_too():
     assert "ParchGrad cannot be told apart from Grad-CAM" in said
 
 
-def test_not_first_is_said_as_plainly():
-    found = {"gradient": values_of(0.3), "Grad-CAM": values_of(0.65, seed=1), "ParchGrad": values_of(0.6, seed=2)}
+def test_of_those_level_every_better_mean_is_named():
+    values = {name: values_of(0.5, spread=0.3, seed=n) for n, name in enumerate("ABCDE")}
+    (said,) = verdict_of(values | {"ParchGrad": values_of(0.49, spread=0.3, seed=9), "F": values_of(0.48, spread=0.3)})
+    named = said[said.index("apart from ") : said.index(" and 1 other, of the 7")].removeprefix("apart from ")
+    assert sorted(named.split(", ")) == ["A", "B", "C", "D", "E"]
+
+
+def test_not_first_is_said_as_plainly_and_names_every_better_mean():
+    found = {
+        "gradient": values_of(0.3),
+        "Grad-CAM": values_of(0.65, seed=1),
+        "LRP": values_of(0.7, seed=3),
+        "SmoothGrad": values_of(0.68, spread=0.9, seed=4),
+        "ParchGrad": values_of(0.6, seed=2),
+    }
     (said,) = verdict_of(found)
     assert said.startswith(
-        "In mass on mosaics, ParchGrad is not first of the 3 methods that cost at most three forward passes: "
-        "Grad-CAM 0.650, ParchGrad 0.600; the difference is beyond chance (95 % interval 0.0"
+        "In mass on mosaics (12 mosaics), ParchGrad, 0.600, is not first of the 5 methods that cost at most about "
+        "three forward passes: LRP 0.700 and Grad-CAM 0.650 are better beyond chance (95 % interval of the difference "
+        "from LRP, 0.0"
     )
+    assert said.endswith("; SmoothGrad 0.680, better too, within chance.")
+
+
+def test_intervals_are_widened_for_the_number_of_methods():
+    """Of many equal methods one looks distinct by chance; an interval of one comparison would call it so."""
+    ours = values_of(0.5, count=30, spread=0.1)
+    other = ours + values_of(0.045, count=30, spread=0.1, seed=1)
+    alone = {"ParchGrad": ours, "other": other}
+    assert "is not first" in verdict_of(alone, resamples=999)[0]
+    many = alone | {f"method {n}": values_of(0.3, count=30, seed=n) for n in range(20)}
+    assert "cannot be told apart from other" in verdict_of(many, resamples=999)[0]
+    found = results({"mosaic_mass": alone}, resamples=999)
+    narrow, wide = (verdict.gap(found, "mosaic_mass", "ParchGrad", "other", n) for n in (1, 21))
+    assert wide.low < narrow.low < narrow.high < wide.high
+    del many["ParchGrad"]
+    assert "widened for 210 comparisons" in verdict_of(many, resamples=999)[0], "the first of 21: one of all pairs"
 
 
 def test_who_is_level_need_not_be_the_next():
@@ -290,21 +364,35 @@ def test_who_is_level_need_not_be_the_next():
     }
     (said,) = verdict_of(values)
     assert "ParchGrad cannot be told apart from SmoothGrad, of the 3 methods" in said
-    found = results({"mosaic_mass": {"ParchGrad": [1.0] * 12}, "object_mass": values})
-    assert "in mass on boxes and masks (with SmoothGrad)" in verdict.sentences(found)[1]
 
 
-def test_of_one_photograph_nothing_is_claimed():
-    shown = [picture(i, group="the same") for i in range(4)]
-    (said,) = verdict_of({"Grad-CAM": [0.1, 0.2, 0.1, 0.2], "ParchGrad": [0.9, 0.8, 0.9, 0.8]}, shown=shown)
-    assert "ParchGrad cannot be told apart from Grad-CAM" in said
-    assert "too few photographs for an interval" in said
+@pytest.mark.parametrize("groups", [1, 9])
+def test_of_few_photographs_nothing_is_claimed(groups):
+    shown = [picture(i, group=f"photograph {i % groups}") for i in range(12)]
+    values = {"Grad-CAM": values_of(0.2), "ParchGrad": values_of(0.9, seed=1)}
+    (said,) = verdict_of(values, shown=shown)
+    values["SmoothGrad"] = values_of(0.95, seed=2)
+    (also,) = verdict_of(values, costs={"SmoothGrad": 26.0}, shown=shown)
+    assert said == also, "of dearer methods neither"
+    assert said == (
+        f"In mass on mosaics (12 mosaics of {verdict.plural(groups, 'photograph')}), no method is told from another: "
+        "these are too few to compare, at least 10 photographs are needed. The means: ParchGrad 0.900, Grad-CAM 0.200."
+    )
+
+
+def test_a_method_with_few_values_is_left_out_of_the_comparison_and_named():
+    few = np.r_[np.full(8, NAN), 0.95, 0.9, 0.99, 0.97]
+    values = {"Grad-CAM": values_of(0.4), "LRP": few, "ParchGrad": values_of(0.6, seed=1)}
+    (said,) = verdict_of(values)
+    assert "is first of the 2 methods that" in said
+    assert "next Grad-CAM 0.400" in said
+    assert said.endswith("; too few photographs to compare it with LRP.")
 
 
 def test_lower_is_better_turns_the_lead():
     found = results({"deletion": {"Grad-CAM": values_of(0.4), "ParchGrad": values_of(0.2, seed=1)}})
     (said,) = verdict.sentences(found)
-    assert said.startswith("In deletion, ParchGrad is first of the 2 methods")
+    assert said.startswith("In deletion (12 mosaics), ParchGrad is first of the 2 methods")
     lead = verdict.gap(found, "deletion", "ParchGrad", "Grad-CAM")
     assert lead.low < lead.mean < lead.high
     assert lead.mean == pytest.approx(0.2)
@@ -318,19 +406,30 @@ def test_dearer_methods_and_other_settings_are_told_apart():
         "SmoothGrad": values_of(0.8, seed=3),
     }
     (said,) = verdict_of(values, costs={"SmoothGrad": 26.0})
-    assert "ParchGrad is first of the 2 methods that cost at most three" in said
-    assert "Another of ParchGrad's settings, ParchGrad quantile 0.05, has 0.700." in said
-    assert said.endswith("SmoothGrad, at 26 passes, has 0.800.")
+    assert "ParchGrad is first of the 2 methods that cost at most about three" in said
+    assert said.endswith(
+        " Not compared, the best of several: ParchGrad in another setting, ParchGrad quantile 0.05, 0.700 and "
+        "SmoothGrad, at 26 passes, 0.800."
+    )
 
 
-def test_parchgrad_that_costs_too_much_or_is_not_there():
+@pytest.mark.parametrize(("passes", "among"), [(2.9, 3), (3.2, 3), (3.4, 2)])
+def test_costs_are_compared_to_half_a_pass(passes, among):
+    values = {"gradient": values_of(0.3), "Grad-CAM": values_of(0.5, seed=1), "ParchGrad": values_of(0.7, seed=2)}
+    (said,) = verdict_of(values, costs={"Grad-CAM": passes})
+    assert f"first of the {among} methods that cost at most about three" in said
+
+
+def test_parchgrad_is_compared_whatever_it_costs():
     values = {"gradient": values_of(0.3), "Grad-CAM": values_of(0.5, seed=1)}
     (said,) = verdict_of(values)
-    assert said.startswith("In mass on mosaics, Grad-CAM is first of the 2 methods")
+    assert said.startswith("In mass on mosaics (12 mosaics), Grad-CAM is first of the 2 methods")
     assert said.endswith("ParchGrad was not measured.")
     (said,) = verdict_of(values | {"ParchGrad": values_of(0.9, seed=2)}, costs={"ParchGrad": 4.2})
-    assert "Grad-CAM is first of the 2 methods" in said
-    assert "ParchGrad is not among them: it costs 4.2." in said
+    assert "ParchGrad is first of the 3 methods" in said
+    assert said.endswith("ParchGrad itself costs more, about 4.")
+    (said,) = verdict_of(values | {"ParchGrad": values_of(0.9, seed=2)}, costs={"ParchGrad": None})
+    assert said.endswith("The cost of ParchGrad was not measured.")
 
 
 def test_without_costs_all_methods_are_compared():
@@ -346,28 +445,33 @@ def test_a_name_with_a_comma_is_quoted():
         "ParchGrad": values_of(0.6, seed=1),
         "ParchGrad, q 0.05": values_of(0.7, seed=2),
     }
-    assert "ParchGrad's settings, “ParchGrad, q 0.05”, has 0.700." in verdict_of(values)[0]
+    assert "ParchGrad in another setting, “ParchGrad, q 0.05”, 0.700." in verdict_of(values)[0]
     (said,) = verdict.sentences(results({"channels_similarity": {"ParchGrad, q 0.05": values_of(0.8)}}))
-    assert said.startswith("Fails a sanity check: “ParchGrad, q 0.05”.")
+    assert said.endswith(": “ParchGrad, q 0.05” fails: its map stays more alike than not.")
 
 
 def test_one_method_is_compared_with_nothing():
     assert verdict_of({"ParchGrad": [0.5, 0.6]}) == [
-        "In mass on mosaics, only ParchGrad was measured of the methods that cost at most three forward passes: 0.550."
+        "In mass on mosaics (2 mosaics), only ParchGrad was measured of the methods that cost at most about three "
+        "forward passes: 0.550."
     ]
 
 
-def test_the_other_measures_in_one_sentence():
+def test_the_other_measures_in_one_sentence_and_those_of_few_pictures_in_another():
     pair = {"Grad-CAM": values_of(0.4), "ParchGrad": values_of(0.6, seed=1)}
-    tie = {"Grad-CAM": values_of(0.4, spread=0.1), "ParchGrad": values_of(0.4, spread=0.1, seed=1)}
-    found = results(
-        {"mosaic_mass": pair, "object_mass": pair, "deletion": pair, "lerf_aopc": pair, "road": tie, "gini": pair}
+    tie = {"Grad-CAM": values_of(0.4, spread=0.1), "ParchGrad": values_of(0.39, spread=0.1, seed=1)}
+    found = {"mosaic_mass": pair, "object_mass": pair, "deletion": pair, "lerf_aopc": pair, "road": tie, "gini": pair}
+    among = (
+        "Among the same methods, ParchGrad is first beyond chance in mass on boxes and masks (12 mosaics); not to be "
+        "told apart from the best of the others in ROAD (12 mosaics; better mean: Grad-CAM); not first, beyond chance, "
+        "in deletion (12 mosaics; better mean: Grad-CAM) and LeRF AOPC (12 mosaics; better mean: Grad-CAM)."
     )
-    assert verdict.sentences(found)[1:] == [
-        "Among the same methods, ParchGrad is first beyond chance in mass on boxes and masks; not to be told apart "
-        "from others in ROAD (with Grad-CAM); not first, beyond chance, in deletion (behind Grad-CAM) and LeRF AOPC "
-        "(behind Grad-CAM)."
-    ]
+    assert verdict.sentences(results(found))[1:] == [among]
+    one = {"Grad-CAM": [0.3], "ParchGrad": [0.07]}
+    found = {"mosaic_mass": pair, "insertion": one, "deletion": one}
+    assert verdict.sentences(results(found))[1:] == ["Insertion and deletion: of 1 mosaic, too few to compare."]
+    found |= {"morf_aopc": one, "road": one}
+    assert verdict.sentences(results(found))[1:] == ["Insertion and 3 other measures: of 1 mosaic, too few to compare."]
 
 
 def test_who_fails_the_sanity_checks():
@@ -378,19 +482,35 @@ def test_who_fails_the_sanity_checks():
         "ParchGrad": values_of(0.2),
     }
     (said,) = verdict.sentences(results({"cascade": values}))
-    assert said.startswith("Fails a sanity check: guided backprop. With all weights drawn anew,")
-    assert "random map" not in said, "baselines look at no model"
-    assert "LRP" not in said, "0.5 is in its interval"
-    (said,) = verdict.sentences(results({"cascade": {"ParchGrad": values_of(0.2), "random map": np.ones(12)}}))
-    assert said == "No method that looks at the model surely fails the sanity checks."
+    assert said == (
+        "Sanity check, all weights drawn anew (12 mosaics): guided backprop fails: its map stays more alike than not; "
+        "1 method less alike than not; 1 method not clear."
+    ), "baselines look at no model; 0.5 is in LRP's interval"
     (said,) = verdict.sentences(results({"cascade": {"LRP": np.ones(12), "ParchGrad": values_of(0.2)}}))
-    assert said.startswith("Fails a sanity check: LRP."), "who should look at the model and does not"
+    assert "LRP fails: its map stays the same;" in said, "who should look at the model and does not"
     blind = {"ParchGrad, instance-wise": np.ones(12), "ParchGrad": values_of(0.2)}
     (said,) = verdict.sentences(results({"classes_similarity": blind}))
-    assert said.startswith("No method"), "a method may do without the table's classes"
+    assert "not looked at by “ParchGrad, instance-wise”; 1 method less" in said, "it may do without the table's classes"
+    assert "fails" not in said
     many = {f"ParchGrad {n}": values_of(0.8, seed=n) for n in range(3)}
     (said,) = verdict.sentences(results({"channels_similarity": many}))
-    assert said.startswith("Fail a sanity check: ParchGrad in all 3 settings. With random channels for each class,")
+    assert said.endswith(": ParchGrad in all 3 settings fail: their maps stay more alike than not.")
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_where_nothing_could_be_tested_nothing_is_reassuring(count):
+    values = {"gradient": values_of(0.1, count=count), "ParchGrad": values_of(0.1, count=count)}
+    assert verdict.sentences(results({"cascade": values, "channels_similarity": values})) == [
+        "Sanity checks with all weights drawn anew and random channels for each class: of "
+        f"{verdict.plural(count, 'mosaic')}, too few to tell of any method whether its map changes."
+    ]
+    values = {"gradient": values_of(0.1), "ParchGrad": np.r_[np.full(9, 0.1), np.full(3, NAN)]}
+    (said,) = verdict.sentences(results({"cascade": values}))
+    assert said.endswith(": 1 method less alike than not; 1 method with too few photographs to tell.")
+    values = {"random map": np.ones(12), "gradient": np.full(12, NAN)}
+    assert verdict.sentences(results({"cascade": values})) == [
+        "Sanity check, all weights drawn anew: could not be made, no method has a map left to compare."
+    ]
 
 
 def test_sanity_states_stand_on_the_page(full, tmp_path):
@@ -401,12 +521,21 @@ def test_sanity_states_stand_on_the_page(full, tmp_path):
     full.values["cascade"]["random map"][:] = 1.0
     page = page_of(full, tmp_path / "page.html")
     lines = {line[0][2]: line for line in page.rows("Sanity checks: what of the map survives")}
-    assert lines["Grad-CAM"][1][2].startswith("stays 0.900")
-    assert lines["ParchGrad"][1][2].startswith("changes 0.100")
+    assert lines["Grad-CAM"][1][2].startswith("more alike 0.900")
+    assert lines["ParchGrad"][1][2].startswith("less alike 0.100")
     assert lines["SmoothGrad"][1][2].startswith("not clear 0.550")
     assert lines["random map"][1][2].startswith("not looked at 1.000")
     assert lines["gradient"][1][2].startswith("not clear 0.450")
     assert lines["Grad-CAM"][2][2].startswith("–")
+    assert "Some similarity is left to every method" in page.text
+    assert "0.5, is our reading" in page.text
+    assert not re.search("[✓✕]", page.styles[0] + page.text)
+
+
+def test_the_cascade_stands_once(full, tmp_path):
+    page = page_of(full, tmp_path / "page.html")
+    heads = re.findall(r'<th scope="col"><a href="#m-(\w+)"', page.raw)
+    assert sorted(heads) == sorted(one.key for one in full.measures)
 
 
 # --- the drawings ---
@@ -475,6 +604,41 @@ def test_scales_are_round_and_hold_their_values(values, ticks):
     assert charts.Axis.of(values).ticks == pytest.approx(ticks)
 
 
+def test_every_other_curve_has_a_drawing_with_its_name(full, tmp_path):
+    page = page_of(full, tmp_path / "page.html")
+    for plot in (charts.curves(full, "insertion", "Insertion", "pixels"), charts.cascade(full)):
+        assert [line.name for line in plot.others] == ["SmoothGrad", "ParchGrad, random channels"]
+        assert plot.compared.name == "ParchGrad"
+        for line in plot.others:
+            assert page.raw.count(f'<use href="#{line.id}">') == 1
+            assert re.search(
+                rf'<use href="#{line.id}"></use></g></svg>\s*<figcaption>{line.name}</figcaption>', page.raw
+            )
+    without = results({"gini": {"gradient": [0.5]}}, curves={"insertion": curves(("SmoothGrad", "gradient"))})
+    assert charts.curves(without, "insertion", "Insertion", "pixels").compared.name == "gradient"
+    assert "Mean over 4 pictures." in page.text
+    one = results({"gini": {"gradient": [0.5]}}, curves={"insertion": curves(["gradient"], images=1)})
+    assert "Mean over 1 picture." in page_of(one, tmp_path / "page.html").text
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_what_is_drawn_stands_out_from_its_ground(full, tmp_path):
+    style = page_of(full, tmp_path / "page.html").styles[0]
+    drawn = dict(re.findall(r"--(ours|gradient|peer|cam|quiet): (#\w{6})", style))
+    drawn["other"] = re.search(r"svg \.other \{ stroke: (#\w{6})", style)[1]
+    drawn["chance"] = re.search(r"\.strip \.level \{[^}]*dashed (#\w{6})", style)[1]
+    assert len(drawn) == 7
+    for colour in drawn.values():
+        assert 1.05 / (luminance(colour) + 0.05) >= 3
+        assert (luminance("#eef5fa") + 0.05) / (luminance(colour) + 0.05) >= 3, "and from our row's"
+    assert "opacity" not in style
+
+
 # --- pictures ---
 
 
@@ -511,6 +675,14 @@ def test_the_gallery_shows_every_method_and_says_where_there_is_no_map(full, tmp
     assert "ParchGrad's worst mass: 0.12" in page.texts
     assert re.search(r"ParchGrad mass 0.25 , hit\b", page.text)
     assert re.search(r"gradient mass 0.25 , miss\b", page.text)
+
+
+def test_a_map_of_zeros_is_no_miss(full, tmp_path):
+    given = case(("gradient", "ParchGrad"))
+    given.maps["gradient"][:] = 0
+    page = page_of(full, tmp_path / "page.html", [given])
+    assert re.search(r"gradient zeros only , mass 0.25\s", page.text)
+    assert "miss" not in page.texts
 
 
 # --- the page ---
@@ -564,12 +736,14 @@ def test_settings_notes_and_what_was_unavailable(full, tmp_path):
     assert {line[0][2]: line[1][2] for line in page.rows("Settings of this evaluation")} == {
         "model.name": "net",
         "model.sha256": "ab" * 32,
-        "data.root": "photographs/of mine/val/",
+        "data.root": "val",
         "places": "none",
         "seed": "3",
         "effort.road": "0.1, 0.3",
     }
+    assert "of mine" not in page.text
     assert "parchgrad evaluate 'a model' --report out.html" in page.texts
+    assert "it names the folders of the machine" in page.text
     assert "The table contrasts ten classes." in page.texts
     assert "zennit is not installed." in page.texts
     assert "Saliency maps of net on val" in page.text
