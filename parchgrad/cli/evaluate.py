@@ -72,7 +72,7 @@ POINTS = 25
 @click.option("--table", help="Selection table.  [default: the one of the model's name and version]")
 @click.option("--images", type=COUNT, help=f"Photographs to measure on, at most.  [default: {IMAGES}]")
 @click.option("--mosaics", type=click.IntRange(0), help=f"Pictures of four photographs.  [default: {MOSAICS}]")
-@click.option("--curves", type=click.IntRange(0), help="Photographs that pixels are taken from.  [default: 16]")
+@click.option("--curves", type=click.IntRange(0), help="Photographs that pixels are taken from.  [default: 12]")
 @click.option("--checks", type=click.IntRange(0), help="Photographs of the sanity checks.  [default: 10]")
 @click.option("--step", type=COUNT, help="Pixels at a time of insertion and deletion.  [default: 224]")
 @click.option("--quick", is_flag=True, help="A look in under a minute: few pictures, coarse steps, no grid.")

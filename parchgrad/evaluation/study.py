@@ -56,7 +56,7 @@ class Effort:
     tables.
     """
 
-    curves: int = 16
+    curves: int = 12
     checks: int = 10
     step: int | None = None
     rows: int = 1
