@@ -212,8 +212,12 @@ def best_device() -> str:
 
 def default_workers(device: str) -> int:
     """Processes that decode: the network needs cores of its own where it runs on the processor."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2 if device == "cpu" else cores - 1)
+    return max(1, cores() // 2 if device == "cpu" else cores() - 1)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def network_of(work: Work, device: torch.device | None) -> GapNetwork:

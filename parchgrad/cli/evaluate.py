@@ -6,7 +6,6 @@ import fnmatch
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,6 @@ import click
 from parchgrad.cli.shared import (
     ALLOW_USED,
     DEVICE,
-    EXIT_INTERRUPTED,
     HELD_OUT,
     IMAGE_COLUMN,
     LABEL_COLUMN,
@@ -29,9 +27,11 @@ from parchgrad.cli.shared import (
     TABLES_DIR,
     ListParameter,
     QuantileParameter,
-    images_to_avoid,
+    interruptible,
+    keeps,
     load_named_model,
     named,
+    no_record_line,
     progress_bar,
 )
 
@@ -155,11 +155,13 @@ def evaluate(
     methods, unavailable = _methods(
         explainer, quick, quantiles, gammas, layers, conserve, selections, cam_layer, only, seed
     )
+    used = used_digests(rows.folder)
     photographs, drawn, notes = _pictures(
         source, loaded, explainer, places, images or (QUICK_IMAGES if quick else IMAGES),
-        (QUICK_MOSAICS if quick else MOSAICS) if mosaics is None else mosaics, seed, images_to_avoid(rows, allow_used),
+        (QUICK_MOSAICS if quick else MOSAICS) if mosaics is None else mosaics, seed,
+        frozenset() if allow_used or used is None else used,
     )  # fmt: skip
-    notes += _notes(source, rows, photographs, drawn, allow_used)
+    notes += _notes(source, rows, photographs, drawn, allow_used, used is not None)
     for line in notes:
         click.echo(line, err=True)
     for missing in unavailable:
@@ -171,7 +173,7 @@ def evaluate(
     settings = settings_of(
         loaded, rows, source, methods, effort, places=_record(boxes or masks, mask_value, places, source, photographs),
         photographs=photographs.indices, mosaics=None if drawn is None else drawn.indices,
-        allow_used=allow_used, used_known=used_digests(rows.folder) is not None, seed=seed, batch_size=batch_size,
+        allow_used=allow_used, used_known=used is not None, seed=seed, batch_size=batch_size,
         device=device, command=shlex.join(["parchgrad", *sys.argv[1:]]),
     )  # fmt: skip
     with _journal(outputs[0] if outputs else None, key_of(settings), restart) as journal:
@@ -208,18 +210,22 @@ def _outputs(report: Path | None, json_file: Path | None, parquet: Path | None) 
 
 
 def _notes(
-    source: Source, table: SelectionTable, photographs: Photographs, drawn: Mosaics | None, allow_used: bool
+    source: Source,
+    table: SelectionTable,
+    photographs: Photographs,
+    drawn: Mosaics | None,
+    allow_used: bool,
+    used_known: bool,
 ) -> list[str]:
     """What has to be said with the figures."""
     from parchgrad.evaluation.report import classes_line, left_out_line, uncovered_line
-    from parchgrad.evidence import used_digests
     from parchgrad.sources import ListedImages
 
     notes = []
     if allow_used:
         notes.append("Images that the table was built from were allowed: the figures may flatter it.")
-    elif used_digests(table.folder) is None:
-        notes.append("The table has no record of the images it was built from; they may be among these.")
+    elif not used_known:
+        notes.append(no_record_line(table))
     if line := left_out_line(photographs.left_out):
         notes.append(line)
     if drawn is not None:
@@ -251,6 +257,8 @@ def _source(
 
 def _workers(asked: int | None, device: str, source: Source) -> int:
     """Processes are forked; where that cannot be done it is this one alone."""
+    from parchgrad.build import cores
+
     can_fork = (
         "fork" in multiprocessing.get_all_start_methods() and _is_cpu(device) and source.start_method in (None, "fork")
     )
@@ -258,8 +266,7 @@ def _workers(asked: int | None, device: str, source: Source) -> int:
         raise click.UsageError(
             f"--workers is {asked}; expected 1: processes are forked, which this system, device or data does not allow."
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or (min(MOST_WORKERS, cores) if can_fork else 1)
+    return asked or (min(MOST_WORKERS, cores()) if can_fork else 1)
 
 
 def _is_cpu(device: str) -> bool:
@@ -393,24 +400,16 @@ def _journal(output: Path | None, key: str, restart: bool) -> Iterator[Any]:
     """Where findings are kept until `output` is written; Control-C and SIGTERM end the work in order."""
     from parchgrad.evaluation.journal import Journal, journal_in
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
     folder = None if output is None else output.with_name(f".{output.name}.unfinished")
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with nullcontext(Journal()) if folder is None else journal_in(folder, key, restart=restart) as journal:
-            if journal.found:
-                click.echo(f"Going on: {len(journal.found)} pieces of work are done.", err=True)
-            yield journal
-    except KeyboardInterrupt:
-        keeps = "there is nothing to go on from: no output file was named"
-        if folder is not None:
-            keeps = f"'{folder}' keeps what is done, the same command goes on from there"
-        click.echo(f"Interrupted; {keeps}.", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with (
+        interruptible(
+            lambda: "there is nothing to go on from: no output file was named" if folder is None else keeps(folder)
+        ),
+        nullcontext(Journal()) if folder is None else journal_in(folder, key, restart=restart) as journal,
+    ):
+        if journal.found:
+            click.echo(f"Going on: {len(journal.found)} pieces of work are done.", err=True)
+        yield journal
 
 
 def _write_report(subject: Subject, results: Results, path: Path, each: int) -> None:

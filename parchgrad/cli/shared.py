@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -135,11 +137,35 @@ def images_to_avoid(table: SelectionTable, allow_used: bool) -> frozenset[str]:
         return frozenset()
     used = used_digests(table.folder)
     if used is None:
-        click.echo(
-            f"Table '{table.name}' has no record of the images it was built from; they may be among these.", err=True
-        )
+        click.echo(no_record_line(table), err=True)
         return frozenset()
     return used
+
+
+def no_record_line(table: SelectionTable) -> str:
+    return f"Table '{table.name}' has no record of the images it was built from; they may be among these."
+
+
+@contextmanager
+def interruptible(left: Callable[[], str]) -> Iterator[None]:
+    """Control-C and SIGTERM end the work in order: no scraps are left; `left()` says what there is to go on from."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted; {left()}.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def keeps(place: Path) -> str:
+    """Of `interruptible`: where what is done is kept."""
+    return f"'{place}' keeps what is done, the same command goes on from there"
 
 
 def show_table(table: SelectionTable) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +14,13 @@ import click
 
 from parchgrad.cli.shared import (
     DEVICE,
-    EXIT_INTERRUPTED,
     IMAGE_COLUMN,
     LABEL_COLUMN,
     MODELS_DIR,
     TABLES_DIR,
     ListParameter,
+    interruptible,
+    keeps,
     load_named_model,
     named,
     show_table,
@@ -304,20 +303,8 @@ def _gathered(
 
 @contextmanager
 def _interruptible(checkpoint: Path) -> Iterator[None]:
-    """Control-C and SIGTERM end the work in order: no scraps are left, and it is said where the checkpoint is."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with interruptible(lambda: keeps(checkpoint) if checkpoint.is_file() else "there is nothing to go on from"):
         yield
-    except KeyboardInterrupt:
-        keeps = f"'{checkpoint}' keeps what is done, the same command goes on from there"
-        click.echo(f"Interrupted; {keeps if checkpoint.is_file() else 'there is nothing to go on from'}.", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

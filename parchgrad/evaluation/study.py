@@ -25,7 +25,6 @@ from parchgrad.evaluation.cases import Case, choose
 from parchgrad.evaluation.cost import Cost, costs
 from parchgrad.evaluation.images import Picture, Progress
 from parchgrad.evaluation.journal import Found, Journal
-from parchgrad.evaluation.measures import MEASURES
 from parchgrad.evaluation.methods import Method, Unavailable
 from parchgrad.evaluation.perturbation import Curve
 from parchgrad.evaluation.results import MeanCurve, Results, Row, Shown
@@ -246,14 +245,11 @@ def _place_pieces(subject: Subject, kind: str, passes: float) -> list[_Piece]:
 
 def _places(subject: Subject, effort: Effort, kind: str, start: int, stop: int) -> Found:
     pictures = subject.of(kind)[start:stop]
-    names = [measure.key for measure in MEASURES if measure.section == f"{kind}s"]
-    if kind == PHOTOGRAPH:
-        names = [measure.key for measure in MEASURES if measure.section in ("objects", "shape")]
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    values: dict[str, dict[str, list[float]]] = {}
     for method in subject.methods:
         for saliency, picture in zip(_maps(method, pictures), pictures, strict=True):
             for name, value in _figures(kind, saliency, picture).items():
-                values[name].setdefault(method.name, []).append(value)
+                values.setdefault(name, {}).setdefault(method.name, []).append(value)
     return {"shown": _shown(subject, pictures), "values": values}
 
 
@@ -306,8 +302,8 @@ def _all_shown(subject: Subject, journal: Journal, kind: str) -> list[dict[str, 
 
 
 def _curve_passes(subject: Subject, effort: Effort, passes: Mapping[str, float]) -> float:
-    height, width = subject.photographs[0].image.shape[1:] if len(subject.photographs) else (0, 0)
-    a_map = 2 * (height * width / max(1, effort.pixels(height, width)) + 1) + 2 * len(perturbation.TENTHS)
+    height, width = subject.photographs[0].image.shape[1:]
+    a_map = 2 * (height * width / effort.pixels(height, width) + 1) + 2 * len(perturbation.TENTHS)
     # Imputing an image takes about as long as five passes.
     a_map += 2 * len(effort.road) * 5
     return sum(passes.values()) + len(passes) * a_map
@@ -431,15 +427,7 @@ def _batches(pictures: Sequence[Picture]) -> Iterator[tuple[Tensor, list[int]]]:
 def _results(subject: Subject, effort: Effort, journal: Journal, found: Sequence[int]) -> Results:
     offset = len(subject.mosaics)
     shown = [
-        Shown(
-            one["name"],
-            kind,
-            one["group"],
-            one["target"],
-            subject.labels[one["target"]],
-            one["probability"],
-            one["predicted"],
-        )
+        Shown(kind=kind, label=subject.labels[one["target"]], **one)
         for kind in (MOSAIC, PHOTOGRAPH)
         for one in _all_shown(subject, journal, kind)
     ]
