@@ -6,8 +6,7 @@ Arrays only; which features and ranks they are, the runtimes know. `N` channels 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +24,7 @@ class LayerDrift:
 
     distance: float  # root mean square of z: 0 is the mean of the table's images, about 1 a usual image
     shift: float  # mean of z: below 0 where the class's channels are weaker than on the table's images
+    z: Array = field(default_factory=lambda: np.empty(0), compare=False, repr=False)  # of each channel
 
 
 def layer_drift(gap: ArrayLike, mean: ArrayLike, std: ArrayLike, chosen: ArrayLike) -> LayerDrift | None:
@@ -37,7 +37,7 @@ def layer_drift(gap: ArrayLike, mean: ArrayLike, std: ArrayLike, chosen: ArrayLi
     if not counts.any():
         return None
     z = (np.asarray(gap, np.float64)[counts] - np.asarray(mean, np.float64)[counts]) / spread[counts]
-    return LayerDrift(distance=float(np.sqrt(np.mean(z * z))), shift=float(z.mean()))
+    return LayerDrift(distance=float(np.sqrt(np.mean(z * z))), shift=float(z.mean()), z=z)
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,25 @@ class Reference:
 
     def drift(self, gap: ArrayLike, rank: ArrayLike) -> dict[str, LayerDrift]:
         """By layer, from an image's GAP features `(N,)` and its class's ranks `(N,)`, 0 the best of a layer."""
-        features, ranks = np.asarray(gap), np.asarray(rank)
+        features, chosen = np.asarray(gap), self.selected(rank)
         found: dict[str, LayerDrift] = {}
-        start = 0
-        for name, width in self.channels.items():
-            here = slice(start, start + width)
-            start += width
+        for name, here in self.places().items():
             if name not in self.count:
                 continue
-            chosen: NDArray[Any] = ranks[here] < self.count[name]
-            if self.selectable is not None:
-                chosen = chosen & self.selectable[here]
-            one = layer_drift(features[here], self.mean[here], self.std[here], chosen)
+            one = layer_drift(features[here], self.mean[here], self.std[here], chosen[here])
             if one is not None:
                 found[name] = one
         return found
+
+    def places(self) -> dict[str, slice]:
+        """Layer -> where its channels lie among the N."""
+        starts = np.cumsum([0, *self.channels.values()]).tolist()
+        return {name: slice(a, b) for name, a, b in zip(self.channels, starts[:-1], starts[1:], strict=True)}
+
+    def selected(self, rank: ArrayLike) -> NDArray[np.bool_]:
+        """Bool `(N,)`: the channels of a class, from its ranks `(N,)`; none in a layer that the defaults leave out."""
+        ranks = np.asarray(rank)
+        chosen = np.zeros(len(ranks), bool)
+        for name, here in self.places().items():
+            chosen[here] = ranks[here] < self.count.get(name, 0)
+        return chosen if self.selectable is None else chosen & self.selectable

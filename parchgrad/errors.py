@@ -31,6 +31,14 @@ class EvidenceError(ParchGradError):
     """Evidence that a table is built from cannot be read, or does not belong together."""
 
 
+class ClassGraphError(ParchGradError):
+    """A class graph is damaged, or belongs to another model or table."""
+
+
+class NoClassGraphError(ClassGraphError):
+    """No class graph was built for a table."""
+
+
 class EvaluationError(ParchGradError):
     """An unfinished evaluation cannot be read or is another one."""
 
@@ -57,6 +65,7 @@ class MissingPackageError(ParchGradError, ImportError):
 
 # The extra of ours that brings a package.
 _EXTRAS = {
+    "networkx": "torch",
     "torch": "torch",
     "torchvision": "torch",
     "onnxruntime": "onnx",
@@ -67,6 +76,7 @@ _EXTRAS = {
     "openvino": "openvino",
     "pytorch_grad_cam": "evaluate",
     "zennit": "evaluate",
+    "captum": "attack",
     "pyarrow": "parquet",
 }
 

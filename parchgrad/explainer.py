@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from parchgrad.defaults import CONSERVE
 from parchgrad.drift import LayerDrift, Reference
 from parchgrad.errors import OptionError
+from parchgrad.grad_cam import grad_cam
 from parchgrad.interest import Interest
 from parchgrad.labels import class_index
 from parchgrad.methods import MANY_POINTS, PIXELS_PER_PASS, Point, number_of_points, points
 from parchgrad.options import REDUCTIONS, Options, per_image
 from parchgrad.patterns import match
 from parchgrad.quantiles import channels_of_quantile, quantile_of_layers
-from parchgrad.runtimes import Plan, Points
+from parchgrad.runtimes import Gradients, Plan, Points, Witness
 from parchgrad.runtimes.dense import seed_score
+from parchgrad.runtimes.evidence_seed import OF_LAST_MAP
 from parchgrad.runtimes.pytorch import PyTorchRuntime
 from parchgrad.tables import NORMALITY_LEVEL, SelectionTable, network_of
 
@@ -105,6 +107,11 @@ class Explainer:
         return self._runtime.device
 
     @property
+    def network(self) -> nn.Module:
+        """The network that is explained, on this device. Not to be changed: `private_view` gives one that may be."""
+        return self._runtime.module
+
+    @property
     def backward(self) -> str:
         """The backward pass in use: `pruned` or `dense`."""
         return self._runtime.backward
@@ -160,10 +167,11 @@ class Explainer:
                 instance-wise selection and plain methods cover every class.
             wanted: called before every pass, in this thread: for each image, whether somebody still wants it. An
                 image once not wanted is left out of the passes that remain: NaN for its attribution, False for its
-                `complete`. A pass that has begun is finished. Where none is wanted raises AbandonedError.
+                `complete`. A pass that has begun is finished, and so are both of a batch of grad_cam and other methods
+                of one point. Where none is wanted raises AbandonedError.
             pixels_per_pass: most pixels (points x h x w) of the points of integrated gradients and SmoothGrad that
                 go through the network together, at least one point: bounds memory, whatever the picture's size
-                and the number of points. The other methods take the batch in one pass.
+                and the number of points. The other methods take the batch in one pass, grad_cam in one of its own.
 
         A batch of mixed options gives each image what it gets alone. Raises OptionError.
         """
@@ -188,10 +196,13 @@ class Explainer:
             self._require(self._covered(chosen[known], asked), chosen[known])
         interest = Interest(wanted, len(images))
         many = torch.tensor([o.method in MANY_POINTS for o in options])
+        cams = torch.tensor([o.method == "grad_cam" for o in options])
         parts = []
         interest.ask()
-        if len(one := (~many).nonzero()[:, 0]):
+        if len(one := (~(many | cams)).nonzero()[:, 0]):
             parts.append((one, self._explain_at_image(images, chosen, options, plan, one)))
+        if len(mapped := cams.nonzero()[:, 0]):
+            parts.append((mapped, self._explain_by_last_map(images, chosen, options, mapped)))
         if len(several := many.nonzero()[:, 0]):
             start = torch.zeros_like(images) if baseline is None else _expanded(baseline, images)
             room = max(1, pixels_per_pass // (images.shape[-2] * images.shape[-1]))
@@ -217,6 +228,24 @@ class Explainer:
             options=tuple(options),
         )
 
+    def watched(self, image: Tensor, target: Target, options: Options, witness: Witness) -> Gradients:
+        """One pass of one image `(1, 3, h, w)`, normalised, forward and back under `options`, seen by `witness`.
+
+        The gradient alone: what a method does beyond it (its points, times the input) is left out. `witness` sees
+        every layer of the table, in a pass of the dense engine whatever `backward` is. Raises OptionError and, where
+        the table is asked, UncoveredTargetError.
+        """
+        image = self._checked_images(image).detach().to(self.device)
+        if len(image) != 1:
+            raise OptionError("image", tuple(image.shape), "one image, (1, 3, h, w)")
+        self.require_statistics([options], image.shape[1:])
+        chosen = self._target_indices(target, 1)
+        if bool((chosen >= 0).all()):
+            self._require(self._covered(chosen, [options]), chosen)  # before the pass, where it is known by then
+        found = self._runtime.watched(image, chosen, self._plan([options]), witness)
+        self._require(self._covered(found.targets, [options]), found.targets)
+        return found
+
     def drift(self, images: Tensor, targets: Target | Sequence[Target] | Tensor) -> list[dict[str, LayerDrift]]:
         """How far each of `images` `(B, 3, h, w)`, normalised, is from the table's in the channels of its target.
 
@@ -229,12 +258,21 @@ class Explainer:
         if bool((chosen < 0).any()):
             chosen = torch.where(chosen < 0, self._runtime.predict(images).argmax(dim=1).cpu(), chosen)
         rows = self.table.rows(chosen)
-        features = self._runtime.features(images).double().numpy()
+        features = self.gap_features(images).double().numpy()
         ranks = self.table.rank[rows].numpy()
-        return [self._reference.drift(gap, rank) for gap, rank in zip(features, ranks, strict=True)]
+        return [self.reference.drift(gap, rank) for gap, rank in zip(features, ranks, strict=True)]
+
+    def gap_features(self, images: Tensor) -> Tensor:
+        """GAP features `(B, N)` of normalised `images` `(B, 3, h, w)` at the table's own point, on the CPU.
+
+        The layers of `layer_names` lie side by side. Raises OptionError, and UnsupportedModelError where a feature
+        cannot be had.
+        """
+        return self._runtime.features(self._checked_images(images))
 
     @cached_property
-    def _reference(self) -> Reference:
+    def reference(self) -> Reference:
+        """What GAP features are compared with, and which channels of a class: the table's, by its defaults."""
         table = self.table
         layers = table.layers.values()
         filtered = table.defaults.normality_filter
@@ -264,6 +302,19 @@ class Explainer:
         nothing = torch.full((len(which),), math.nan, dtype=result.gradients.dtype, device=here.device)
         complete = torch.ones(len(which), dtype=torch.bool, device=here.device)
         return result.logits, result.targets, attributions, result.identity_layers, nothing, complete
+
+    def _explain_by_last_map(
+        self, images: Tensor, targets: Tensor, options: list[Options], which: Tensor
+    ) -> tuple[Tensor, ...]:
+        images = images[which.to(images.device)]
+        weighted = torch.tensor([options[i].seed == "probability_weighted_logit" for i in which.tolist()])
+        found = self._runtime.at_last_map(images, targets[which], weighted)
+        cam = grad_cam(found.values, found.gradients, images.shape[-2:]).to(images.dtype)
+        attributions = cam[:, None].repeat(1, images.shape[1], 1, 1)
+        identity = torch.zeros(len(which), dtype=torch.long, device=cam.device)
+        nothing = torch.full((len(which),), math.nan, dtype=cam.dtype, device=cam.device)
+        complete = torch.ones(len(which), dtype=torch.bool, device=cam.device)
+        return found.logits, found.targets, attributions, identity, nothing, complete
 
     def _explain_over_points(
         self,
@@ -398,7 +449,7 @@ class Explainer:
         self, options: Sequence[Options], size: Sequence[int] | None = None, *, look: bool = True
     ) -> None:
         """Raises OptionError where an option asks for statistics that the table does not hold, or the seed `evidence`
-        for a last map that the network does not have.
+        or the method `grad_cam` for a last map that the network does not have.
 
         That depends on the images' `size`, (3, height, width); default: the model package's, and of a bare network or
         a package of pictures in their own sizes it is not looked for. Each size's first time takes some predictions of
@@ -412,8 +463,9 @@ class Explainer:
             )
         if size is None and not isinstance(self.model, nn.Module) and self.model.preprocessing.rule != "native":
             size = (3, *self.model.preprocessing.size)
-        if size is not None and any(o.seed == "evidence" for o in options):
-            self._runtime.require_last_map(size, look=look)
+        for option, (value, _) in OF_LAST_MAP.items():
+            if size is not None and any(getattr(o, option) == value for o in options):
+                self._runtime.require_last_map(size, option, look=look)
 
     def _target_indices(self, targets: Target | Sequence[Target] | Tensor, batch: int) -> Tensor:
         if isinstance(targets, (Tensor, np.ndarray)):

@@ -1,7 +1,8 @@
 """Methods that average gradients over several points: where those points lie and how they are weighted.
 
-`gradient`, `input_x_gradient` and `guided_backprop` need one backward pass at the image itself; integrated
-gradients and SmoothGrad need many, described here as the weighted points of one image.
+`gradient`, `input_x_gradient` and `guided_backprop` need one backward pass at the image itself, `grad_cam` one to the
+last map (parchgrad/grad_cam.py); integrated gradients and SmoothGrad need many, described here as the weighted points
+of one image.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from parchgrad.defaults import CONSERVE, SELECTIONS, Defaults, is_gamma
 from parchgrad.errors import OptionError
 from parchgrad.quantiles import Quantile
 
-METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop")
+METHODS = ("gradient", "input_x_gradient", "integrated_gradients", "smoothgrad", "guided_backprop", "grad_cam")
+# Methods that take no gradient back to the image, where the rule could act on it: their `rule` is False.
+WITHOUT_RULE = ("grad_cam",)
 SEEDS = ("logit", "probability_weighted_logit", "evidence")
 
 # How a map is made of an attribution: `Explanation.saliency`.
@@ -28,14 +30,15 @@ MAX_STEPS = 1000
 class Options:
     """How one image is explained. Raises OptionError, naming option, value and what is allowed.
 
-    method: one of METHODS.  rule: False switches ParchGrad off, leaving the plain method.
+    method: one of METHODS.  rule: False switches ParchGrad off, leaving the plain method; of the methods WITHOUT_RULE
+    it is False, whatever was given.
     quantile: share of a layer's channels to select, in (0, 1]; a number, or by layer glob pattern.
     alpha: select by p-value instead of quantile, in (0, 1]; None = by quantile.
     gamma: sd of the selected side's sum in units of the unselected side's; in [0, 1e6], or infinity.
     conserve: `independent`, `exact` or `none`.  selection: `class` or `instance`.
     layers: glob patterns of the layers the rule acts on.  normality_filter: drop normal channels.
     seed: what is differentiated, the target's `logit` or its `probability_weighted_logit`; `evidence`: the logit, its
-    gradient at the network's last map weighed by where the evidence is (docs/evidence.md).
+    gradient at the network's last map weighed by where the evidence is (docs/evidence.md), which is none of grad_cam's.
     steps: points of integrated gradients.  samples, noise, noise_seed: SmoothGrad's noisy copies, their
     sd as a share of the image's value range, and the random seed.
     """
@@ -75,6 +78,11 @@ class Options:
                 raise OptionError(name, getattr(self, name), "true or false")
         if not self.layers or not all(isinstance(pattern, str) for pattern in self.layers):
             raise OptionError("layers", self.layers, "one or more layer names or glob patterns")
+        if self.method in WITHOUT_RULE:
+            object.__setattr__(self, "rule", False)  # so that nobody has to ask for both
+            if self.seed == "evidence":
+                others = ", ".join(seed for seed in SEEDS if seed != "evidence")
+                raise OptionError("seed", self.seed, f"{others} with method {self.method}")
 
 
 def per_image(batch: int, defaults: Defaults, given: Mapping[str, Any]) -> list[Options]:

@@ -73,27 +73,24 @@ def overlay(
     clip_upper: float = 99.5,
     smooth: float = 0.0,
     outline: bool = False,
+    opacity: float = 1.0,
 ) -> Pixels:
     """The map over its image, both `(h, w)`; `image` is uint8 `(h, w, 3)`. Returns `(h, w, 3)`.
 
     mode `original` / `grayscale`: colours over the image, the more opaque the stronger; `mask_black`: the
     image darkened where the map is weak; `none`: the heat map alone. With `outline` the outlines of `regions` are
-    drawn instead of pixels: the image dimmed (`mask_black`: black) outside of them. Raises OptionError.
+    drawn instead of pixels: the image dimmed (`mask_black`: black) outside of them. `opacity` in [0, 1]: how much of
+    all this lies over the image itself. Raises OptionError.
     """
     if mode not in OVERLAYS:
         raise OptionError("overlay", mode, ", ".join(OVERLAYS))
+    if not 0 <= opacity <= 1:
+        raise OptionError("opacity", opacity, "a number in [0, 1]")
     if outline:
-        return _outlined(image, inside(saliency, clip_lower, clip_upper), colormap, mode)
-    value = strength(saliency, clip_lower, clip_upper, smooth)
-    colours = _colours(value, colormap)
-    if mode == "none":
-        return colours
-    weight = value[..., None]
-    if mode == "mask_black":
-        return _rounded(image * weight**0.5)  # linear, all but the strongest would look black
-    # A dimmed base lets the colours stand out where they are, and the picture be seen where they are not.
-    base = DIMMED * (image if mode == "original" else _gray(image))
-    return _rounded(base + (colours - base) * weight**0.7)
+        drawn = _outlined(image, inside(saliency, clip_lower, clip_upper), colormap, mode)
+    else:
+        drawn = _shaded(image, strength(saliency, clip_lower, clip_upper, smooth), colormap, mode)
+    return _rounded(image + (drawn - image) * opacity)
 
 
 def regions(saliency: NDArray[np.floating], clip_lower: float = 0.0, clip_upper: float = 99.5) -> NDArray[np.bool_]:
@@ -136,7 +133,22 @@ def png(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def _outlined(image: Pixels, depth: NDArray[np.float64], colormap: str, mode: str) -> Pixels:
+def _shaded(image: Pixels, value: NDArray[np.float64], colormap: str, mode: str) -> NDArray[np.float64]:
+    """`value`, the drawing strength `(h, w)`, in colours over the image."""
+    colours = _colours(value, colormap).astype(np.float64)
+    if mode == "none":
+        return colours
+    weight = value[..., None]
+    if mode == "mask_black":
+        darkened: NDArray[np.float64] = image * weight**0.5  # linear, all but the strongest would look black
+        return darkened
+    # A dimmed base lets the colours stand out where they are, and the picture be seen where they are not.
+    base = DIMMED * (image if mode == "original" else _gray(image))
+    shaded: NDArray[np.float64] = base + (colours - base) * weight**0.7
+    return shaded
+
+
+def _outlined(image: Pixels, depth: NDArray[np.float64], colormap: str, mode: str) -> NDArray[np.float64]:
     """`depth` is that of `inside`: 0.5 on the outlines."""
     palette = _palette(colormap).astype(np.float64)
     within = np.clip(4 * depth - 1.5, 0, 1)[..., None]  # a soft edge, beneath the line
@@ -150,7 +162,8 @@ def _outlined(image: Pixels, depth: NDArray[np.float64], colormap: str, mode: st
     # A dark rim: a light line would be lost on a light picture.
     for colour, thickness in ((palette[0], 2.2 * width), (palette[204], width)):
         base = base + (colour - base) * _line(depth, thickness)[..., None]
-    return _rounded(base)
+    outlined: NDArray[np.float64] = base
+    return outlined
 
 
 def _line(depth: NDArray[np.float64], width: float) -> NDArray[np.float64]:
@@ -170,6 +183,11 @@ def _disk(radius: int) -> NDArray[np.bool_]:
 
 def _colours(value: NDArray[np.float64], colormap: str) -> Pixels:
     return _palette(colormap)[np.round(value * 255).astype(np.uint8)]
+
+
+def palettes() -> dict[str, Pixels]:
+    """The colour maps by name, each (256, 3), weakest first."""
+    return dict(zip(COLORMAPS, _palettes(), strict=True))
 
 
 def _palette(colormap: str) -> Pixels:

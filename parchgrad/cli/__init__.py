@@ -8,6 +8,8 @@ import sys
 import click
 
 from parchgrad import __version__
+from parchgrad.cli.attack import attack
+from parchgrad.cli.class_graph import class_graph_group
 from parchgrad.cli.evaluate import evaluate
 from parchgrad.cli.explain import explain
 from parchgrad.cli.export import export
@@ -52,5 +54,5 @@ def main() -> None:
         sys.exit(EXIT_DATA if isinstance(error, DataError) else 1)
 
 
-for command in (model_group, table_group, explain, evaluate, export, serve, key_group):
+for command in (model_group, table_group, class_graph_group, explain, evaluate, attack, export, serve, key_group):
     cli.add_command(command)

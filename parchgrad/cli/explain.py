@@ -37,6 +37,7 @@ class Drawing:
     smooth: float
     mode: str
     outline: bool
+    opacity: float
     names: list[str]
 
     def written(self, number: int, backdrop: NDArray[np.uint8], saliency: NDArray[np.float32]) -> Path:
@@ -45,8 +46,9 @@ class Drawing:
 
         path = self.out / f"{self.names[number]}.overlay.png"
         drawn = overlay(
-            backdrop, saliency, colormap=self.colormap, mode=self.mode, smooth=self.smooth, outline=self.outline
-        )
+            backdrop, saliency, colormap=self.colormap, mode=self.mode, smooth=self.smooth, outline=self.outline,
+            opacity=self.opacity,
+        )  # fmt: skip
         path.write_bytes(png(drawn))
         return path
 
@@ -57,7 +59,7 @@ class Drawing:
 @click.option("--target", multiple=True, help="Class index, name or id; once, or once an image.  [default: predicted]")
 @click.option(
     "--method", default="gradient", show_default=True,
-    help="gradient, input_x_gradient, integrated_gradients, smoothgrad or guided_backprop.",
+    help="gradient, input_x_gradient, integrated_gradients, smoothgrad, guided_backprop or grad_cam (has no rule).",
 )  # fmt: skip
 @click.option("--quantile", type=float, help="[default: the table's]")
 @click.option("--alpha", type=float, help="Select by p-value instead.")
@@ -79,6 +81,10 @@ class Drawing:
 )
 @click.option("--overlay", "mode", default="original", show_default=True, help="none, original, grayscale, mask_black.")
 @click.option("--outline", is_flag=True, help="Draw outlines of the regions that matter most, not pixels.")
+@click.option(
+    "--opacity", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+    help="How much of the drawing lies over the image itself.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object an image instead of the table.")
 @click.option("--url", help="Explain through the service at this address; MODEL is one of its models.")
 @click.option("--api-key-file", type=FILE, help="File that holds the key for the service, and nothing else.")
@@ -92,9 +98,9 @@ def explain(
     context: click.Context, arguments: tuple[str, ...], table: str | None, target: tuple[str, ...], method: str,
     quantile: float | None, alpha: float | None, gamma: float | None, conserve: str | None,
     selection: str | None, layers: tuple[str, ...] | None, steps: int | None, samples: int | None, plain: bool,
-    polarity: str, out: Path, colormap: str, smooth: float, mode: str, outline: bool, as_json: bool, url: str | None,
-    api_key_file: Path | None, replay: Path | None, tolerance: float | None, device: str, models_dir: Path,
-    tables_dir: Path,
+    polarity: str, out: Path, colormap: str, smooth: float, mode: str, outline: bool, opacity: float, as_json: bool,
+    url: str | None, api_key_file: Path | None, replay: Path | None, tolerance: float | None, device: str,
+    models_dir: Path, tables_dir: Path,
 ) -> None:  # fmt: skip
     """Predict and explain the image files with MODEL; writes an overlay PNG for each.
 
@@ -117,9 +123,9 @@ def explain(
     _refuse(context, ["tolerance"], "it is an option of --replay")
     if target and len(target) not in (1, len(images)):
         raise click.UsageError(f"--target is given {len(target)} times; expected once, or once for each image.")
-    drawing = Drawing(out, colormap, smooth, mode, outline, _distinct([path.stem for path in images]))
+    drawing = Drawing(out, colormap, smooth, mode, outline, opacity, _distinct([path.stem for path in images]))
     options = {
-        "method": method, "rule": not plain, "quantile": quantile, "alpha": alpha, "gamma": gamma,
+        "method": method, "rule": False if plain else None, "quantile": quantile, "alpha": alpha, "gamma": gamma,
         "conserve": conserve, "selection": selection, "layers": None if layers is None else list(layers),
         "steps": steps, "samples": samples,
     }  # fmt: skip

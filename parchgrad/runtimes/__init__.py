@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parchgrad.runtimes.interface import Gradients, Plan, Points, Runtime
+    from parchgrad.runtimes.interface import AtLastMap, Gradients, Plan, Points, Runtime, Tell, Witness
 
-__all__ = ["Gradients", "Plan", "Points", "Runtime"]
+__all__ = ["AtLastMap", "Gradients", "Plan", "Points", "Runtime", "Tell", "Witness"]
 
 
 def __getattr__(name: str) -> Any:

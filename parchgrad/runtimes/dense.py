@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from parchgrad.defaults import CONSERVE
 from parchgrad.errors import UnsupportedModelError
 from parchgrad.rule import Conserve, apply_factors, channel_factors
-from parchgrad.runtimes import Gradients, Plan
+from parchgrad.runtimes import AtLastMap, Gradients, Plan, Tell, Witness
 from parchgrad.runtimes.evidence_seed import NO_LAST_MAP, extent, last_map, refusal, weighed
 from parchgrad.runtimes.pruned.tracing import trace
 from parchgrad.runtimes.view import gap_features, private_view
@@ -53,7 +53,7 @@ class DenseEngine:
         self._rank = table.rank.to(self._device)
         self._current = threading.local()
         self._looking = threading.Lock()
-        self._calls: fx.Graph | str | None = None  # once the seed `evidence` was asked for; else why there are none
+        self._calls: fx.Graph | str | None = None  # once the last map was asked for; else why there are none
         self._last_maps: dict[tuple[int, ...], fx.Node | str] = {}  # by size of the images; else why there is none
         for name in table.layers:
             self._module.get_submodule(name).register_forward_hook(self._hook(name))
@@ -74,12 +74,13 @@ class DenseEngine:
         with torch.no_grad():
             return checked_logits(self._module(images.detach().to(self._device).clone()), images, self._table)
 
-    def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
+    def gradients(self, images: Tensor, targets: Tensor, plan: Plan, witness: Witness | None = None) -> Gradients:
+        """See Runtime. `witness` is told of every call of a layer of the table, the rule acting there or not."""
         # A caller may be inside no_grad or inference_mode; autograd is ours here.
         with torch.inference_mode(False), torch.enable_grad():
             leaf = images.detach().to(self._device)
             leaf = (leaf.clone() if leaf.is_inference() else leaf).requires_grad_()
-            run = _Pass(self._table, self._layers, self._rank, plan, self._device)
+            run = _Pass(self._table, self._layers, self._rank, plan, self._device, witness)
             self._current.run = run
             try:
                 # A copy goes in: a network that works in place on its input must not meet a leaf.
@@ -96,15 +97,35 @@ class DenseEngine:
             (gradients,) = torch.autograd.grad(score.sum(), leaf)
         return Gradients(logits.detach(), targets, gradients, run.identity_layers())
 
-    def require_last_map(self, size: Sequence[int], *, look: bool = True) -> None:
-        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`.
+    def at_last_map(self, images: Tensor, targets: Tensor, probability_weighted: Tensor) -> AtLastMap:
+        """See Runtime. Autograd sees the way from the last map on alone."""
+        with torch.inference_mode(False), torch.enable_grad():
+            images = images.detach().to(self._device).clone()  # the network may work in place on its input
+            place = self._last_map(images.shape[1:], "method")
+            kept: list[Tensor] = []
+
+            def cut(node: fx.Node, value: Any) -> Any:
+                if node is not place:
+                    return value
+                kept.append(value.detach().requires_grad_())
+                return kept[0].clone()  # what follows may work in place
+
+            logits = checked_logits(_Calls(self._module, place.graph, cut)(images), images, self._table)
+            targets = targets.to(self._device)
+            targets = torch.where(targets < 0, logits.detach().argmax(dim=1), targets)
+            score = seed_score(logits, targets, probability_weighted.to(self._device))
+            (gradients,) = torch.autograd.grad(score.sum(), kept[0])
+        return AtLastMap(logits.detach(), targets, kept[0].detach(), gradients)
+
+    def require_last_map(self, size: Sequence[int], option: str = "seed", *, look: bool = True) -> None:
+        """Raises OptionError where images of this size, (3, h, w), have no last map, which this of OF_LAST_MAP needs.
 
         Without `look` only where that is known already: nothing is computed, and nobody waited for.
         """
         if look:
-            self._last_map(size)
+            self._last_map(size, option)
         elif isinstance(known := self._last_maps.get(tuple(size)), str):
-            raise refusal(known)
+            raise refusal(known, option)
 
     def _forward(self, images: Tensor, plan: Plan) -> object:
         if not bool(plan.evidence.any()):
@@ -121,8 +142,8 @@ class DenseEngine:
         place = self._last_map(images.shape[1:])
         return _Calls(self._module, place.graph, lambda node, value: weigh(value) if node is place else value)(images)
 
-    def _last_map(self, size: Sequence[int]) -> fx.Node:
-        """The call that gives the network's last map. Raises OptionError."""
+    def _last_map(self, size: Sequence[int], option: str = "seed") -> fx.Node:
+        """The call that gives the network's last map, which `option` needs. Raises OptionError."""
         size = tuple(size)
         place = self._last_maps.get(size)
         if place is None:
@@ -136,7 +157,7 @@ class DenseEngine:
                             self._last_maps.clear()
                         self._last_maps[size] = place
         if isinstance(place, str):
-            raise refusal(place)
+            raise refusal(place, option)
         return place
 
     def _found_last_map(self, size: tuple[int, ...]) -> Found:
@@ -147,7 +168,7 @@ class DenseEngine:
                     # Of another view: this one has our hooks, which `trace` would take for the network's.
                     self._calls = trace(private_view(self._source)).graph
                 except UnsupportedModelError as error:
-                    self._calls = f"where its evidence is cannot be told: {error}".rstrip(".")
+                    self._calls = f"where its last map is cannot be told: {error}".rstrip(".")
             if isinstance(self._calls, str):
                 return Found(self._calls, kept=True)
             noise = torch.randn((1, *size), generator=torch.Generator().manual_seed(0))
@@ -212,10 +233,16 @@ class _Pass:
     """The state of one forward and backward pass: which channels each image selects in each layer."""
 
     def __init__(
-        self, table: SelectionTable, layers: dict[str, LayerTable], rank: Tensor, plan: Plan, device: torch.device
+        self,
+        table: SelectionTable,
+        layers: dict[str, LayerTable],
+        rank: Tensor,
+        plan: Plan,
+        device: torch.device,
+        witness: Witness | None,
     ) -> None:
         self._table, self._layers, self._rank, self._device = table, layers, rank, device
-        self._plan = plan
+        self._plan, self._witness = plan, witness
         self._on_device = {
             "gamma": plan.gamma.to(device),
             "log_alpha": plan.log_alpha.to(device),
@@ -238,12 +265,17 @@ class _Pass:
 
     def attach(self, name: str, output: Tensor) -> None:
         """Called as layer `name` returns: have its output's gradient scaled on the way back."""
-        if name not in self._active_layers or not output.requires_grad:
+        active, witness = name in self._active_layers, self._witness
+        if not (active or witness) or not output.requires_grad:
+            return
+        tell = None if witness is None else witness.ran(name, output.detach())
+        if not active:
+            output.register_hook(lambda grad: tell(grad, None, None) if tell else None)  # type: ignore[no-untyped-call]
             return
         self._seen.add(name)
         # Before an in-place activation overwrites the output.
         gap = gap_features(output.detach()) if self._any_instance else None
-        output.register_hook(lambda grad: self._scale(name, grad, gap))  # type: ignore[no-untyped-call]
+        output.register_hook(lambda grad: self._scale(name, grad, gap, tell))  # type: ignore[no-untyped-call]
 
     def require_all_layers_seen(self) -> None:
         missing = [name for name in self._layers if name in self._active_layers - self._seen]
@@ -258,10 +290,12 @@ class _Pass:
             total += active & self._identity[name] if name in self._identity else active
         return total
 
-    def _scale(self, name: str, grad: Tensor, gap: Tensor | None) -> Tensor:
+    def _scale(self, name: str, grad: Tensor, gap: Tensor | None, tell: Tell | None) -> Tensor:
         selected = self._select(name, gap)
         factors = channel_factors(grad, selected, self._on_device["gamma"], self._conserve)
         self._identity[name] = self._identity.get(name, factors.identity) & factors.identity
+        if tell is not None:
+            tell(grad, selected, factors)
         return apply_factors(grad, selected, factors)
 
     def _select(self, name: str, gap: Tensor | None) -> Tensor:

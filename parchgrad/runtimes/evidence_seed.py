@@ -1,4 +1,4 @@
-"""The seed `evidence`: the last map of a network, and the gradient there weighed by the evidence of each position.
+"""A network's last map, and the seed `evidence`: the gradient there weighed by the evidence of each position.
 
 Pure functions of tensors and shapes; the engines know where the values come from. docs/evidence.md.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parchgrad.errors import OptionError
-from parchgrad.options import SEEDS
+from parchgrad.options import METHODS, SEEDS
 
 _Value = TypeVar("_Value", bound=Hashable)
 
@@ -184,10 +184,14 @@ def _keeps_channels(shape: tuple[int, ...], after: tuple[int, ...]) -> bool:
     return after[1:2] == shape[1:2] or flattened or (len(after) == 4 and after[2:] == (1, 1))
 
 
-def refusal(reason: str) -> OptionError:
-    """The error that this network cannot be explained with the seed `evidence`."""
-    others = ", ".join(seed for seed in SEEDS if seed != "evidence")
-    return OptionError("seed", "evidence", f"{others}; {reason}")
+# Options that need the network's last map: the value that does, and all there are.
+OF_LAST_MAP = {"seed": ("evidence", SEEDS), "method": ("grad_cam", METHODS)}
+
+
+def refusal(reason: str, option: str = "seed") -> OptionError:
+    """The error that this network cannot be explained with the value of this one of OF_LAST_MAP."""
+    refused, known = OF_LAST_MAP[option]
+    return OptionError(option, refused, f"{', '.join(one for one in known if one != refused)}; {reason}")
 
 
 NO_LAST_MAP = "no value (batch, channels, height, width) of this network lies on every path to its logits"

@@ -1,13 +1,16 @@
-"""What an engine in PyTorch is asked and answers: plans, points and gradients, and the interface `Runtime`."""
+"""What an engine in PyTorch is asked and answers: plans, points and gradients, the interface `Runtime`, its witness."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from parchgrad.rule import Factors
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class AtLastMap:
+    """A network's last map (docs/evidence.md) and the gradient there, on the engine's device."""
+
+    logits: Tensor  # (B, K)
+    targets: Tensor  # (B,) long, predicted classes filled in
+    values: Tensor  # (B, C, h, w)
+    gradients: Tensor  # (B, C, h, w): of the seed with respect to the values; no rule acts
+
+
+@dataclass(frozen=True)
 class Points:
     """Points of several images, `N` of them, at which gradients are taken to be summed image by image."""
 
@@ -66,6 +79,19 @@ class Points:
         rows, weights, fractions = ([column[i] for i in which] for column in (self.rows, self.weights, self.fractions))
         images = self.images[torch.tensor(which, device=self.images.device)]
         return Points(images, rows, weights, fractions, self.starts, self.ends, self.kept)  # type: ignore[arg-type]
+
+
+# Told of one call of a layer on the way back: the gradient that arrives at its output, `(B, C, *spatial)`, and, where
+# the rule acts there, the channels selected, `(B, C)` bool, and what they are multiplied by. None of it may be changed.
+Tell = Callable[[Tensor, "Tensor | None", "Factors | None"], None]
+
+
+class Witness(Protocol):
+    """Whoever wants to see what a pass does in the layers of the table. One pass has one; none is shared by threads."""
+
+    def ran(self, name: str, output: Tensor) -> Tell:
+        """Layer `name` returns `output` `(B, C, *spatial)`, which the network may overwrite later: copy it."""
+        ...
 
 
 class Runtime(Protocol):
@@ -99,5 +125,12 @@ class Runtime(Protocol):
 
         An image whose target has no row in the table passes unchanged through class-wise layers; what that
         means is for the caller to decide.
+        """
+        ...
+
+    def at_last_map(self, images: Tensor, targets: Tensor, probability_weighted: Tensor) -> AtLastMap:
+        """One forward pass, and back to the last map only; a target of -1 means the predicted class.
+
+        `probability_weighted` `(B,)` bool, as in a plan. Raises OptionError where the network has no last map.
         """
         ...

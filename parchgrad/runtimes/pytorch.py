@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from parchgrad.errors import OptionError, UnsupportedModelError
 from parchgrad.features import GapNetwork
-from parchgrad.runtimes import Gradients, Plan, Points
+from parchgrad.runtimes import AtLastMap, Gradients, Plan, Points, Witness
 from parchgrad.runtimes.dense import DenseEngine
 from parchgrad.runtimes.pruned.engine import PrunedEngine, UnlikeModelError
 from parchgrad.runtimes.view import private_view
@@ -67,6 +67,10 @@ class PyTorchRuntime:
         return "dense" if self._pruned is None else "pruned"
 
     @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         return self._dense.layer_names
 
@@ -102,10 +106,24 @@ class PyTorchRuntime:
                 )
             return self._features.features(images.detach())
 
-    def require_last_map(self, size: Sequence[int], *, look: bool = True) -> None:
-        """Raises OptionError where images of this size, (3, h, w), cannot be explained with the seed `evidence`;
-        without `look` only where that is known already."""
-        self._dense.require_last_map(size, look=look)
+    def require_last_map(self, size: Sequence[int], option: str = "seed", *, look: bool = True) -> None:
+        """Raises OptionError where images of this size, (3, h, w), have no last map, which this one of OF_LAST_MAP
+        needs; without `look` only where that is known already."""
+        self._dense.require_last_map(size, option, look=look)
+
+    def at_last_map(self, images: Tensor, targets: Tensor, probability_weighted: Tensor) -> AtLastMap:
+        """By the pruned engine on a processor, where it takes the images and has the last map; else the dense one."""
+        images = images.detach().to(self.device)
+        pruned = self._pruned
+        # On a GPU it says of an image that is not finite too late, see `batch_gradients`.
+        if pruned is not None and not pruned.together and pruned.takes_images(images):
+            try:
+                found = pruned.at_last_map(images, targets, probability_weighted)
+                if found is not None:
+                    return found
+            except UnlikeModelError as error:
+                self._give_up(error)
+        return self._dense.at_last_map(images, targets, probability_weighted)
 
     def sums(self, points: Points, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         pruned = self._pruned
@@ -141,6 +159,10 @@ class PyTorchRuntime:
 
     def gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
         return self._gradients(images, targets, plan)
+
+    def watched(self, images: Tensor, targets: Tensor, plan: Plan, witness: Witness) -> Gradients:
+        """`gradients` by the dense engine, whose every layer `witness` sees; the pruned one does not compute all."""
+        return self._dense.gradients(images, targets, plan, witness)
 
     def _gradients(self, images: Tensor, targets: Tensor, plan: Plan) -> Gradients:
         images = images.detach().to(self.device)

@@ -276,6 +276,38 @@ def gradient(model, table, image, target, options):
     return found[0], sum(all(convolution.calls) for convolution in ran), len(ran)
 
 
+def grad_cam(model, image, target, options):
+    """(3, height, width): the last map's channels, each times the mean of its gradient, where the sum is positive."""
+    leaf = image[None].clone().requires_grad_(True)
+    with torch.enable_grad(), places_read() as read:
+        logits = copy.deepcopy(model).double().eval()(leaf + 0.0)
+    place = [values for values in read if values.dim() == 4 and values.shape[2] * values.shape[3] > 1][-1]
+    (there,) = torch.autograd.grad(seed_of(logits, target, options.seed), place)
+    values, (_, channels, height, width) = place[0].detach().numpy(), place.shape
+    cam = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            total = sum(float(there[0, k].sum()) / (height * width) * values[k, y, x] for k in range(channels))
+            cam[y, x] = max(0.0, total)
+    return np.stack([enlarged(cam, *image.shape[1:])] * 3)
+
+
+def enlarged(cam, height, width):
+    """Bilinear: between the four nearest places, each value in the middle of its own, the outermost ones beyond it."""
+    found = np.zeros((height, width))
+    rows, columns = cam.shape
+    for y in range(height):
+        for x in range(width):
+            down = min(max((y + 0.5) * rows / height - 0.5, 0.0), rows - 1.0)
+            right = min(max((x + 0.5) * columns / width - 0.5, 0.0), columns - 1.0)
+            i, j = int(down), int(right)
+            below, beside = min(i + 1, rows - 1), min(j + 1, columns - 1)
+            upper = cam[i, j] * (1 - right + j) + cam[i, beside] * (right - j)
+            lower = cam[below, j] * (1 - right + j) + cam[below, beside] * (right - j)
+            found[y, x] = upper * (1 - down + i) + lower * (down - i)
+    return found
+
+
 def points(image, options):
     """[(point, weight), ...] whose gradients the method averages."""
     if options.method == "integrated_gradients":
@@ -295,6 +327,8 @@ def explain(model, table, image, options):
     with torch.no_grad():
         logits = copy.deepcopy(model).double().eval()(image[None].clone())[0]
     target = int(logits.argmax()) if options.target in (None, -1) else int(options.target)
+    if options.method == "grad_cam":
+        return Answer(logits.numpy(), target, grad_cam(model, image, target, options), 0, 0)
     total, identity, used = torch.zeros_like(image), [], 0
     for point, weight in points(image, options):
         found, unchanged, used = gradient(model, table, point, target, options)

@@ -174,6 +174,8 @@ def mixed():
         Options(target=4, method="smoothgrad", samples=3, rule=False),
         Options(target=3, rule=False, method="guided_backprop"),
         Options(target=-1, quantile=1.0),
+        Options(target=2, method="grad_cam", quantile=0.3, selection="instance"),
+        Options(target=None, method="grad_cam", seed="probability_weighted_logit"),
     ]
 
 
@@ -897,7 +899,7 @@ def test_train_mode_frozen_weights_and_dropout_change_nothing():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "smoothgrad", "guided_backprop"])
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "smoothgrad", "guided_backprop", "grad_cam"])
 def test_the_callers_grad_mode_does_not_matter(method, mode):
     model = build(networks.FunctionalRelu)
     table = table_for(model)

@@ -312,7 +312,7 @@ def test_targets_without_a_row(linear, monkeypatch):
 
 
 NOT_IN_GRAPH = {
-    "method": (["guided_backprop", "smoothgrad"], "gradient, input_x_gradient, integrated_gradients, with this ONNX"),
+    "method": (["guided_backprop", "grad_cam"], "gradient, input_x_gradient, integrated_gradients, with this ONNX"),
     "seed": (["probability_weighted_logit", "evidence"], "allowed: logit, with this ONNX graph"),
     "conserve": (["exact", "none"], "allowed: independent, with this ONNX graph"),
     "selection": (["instance"], "allowed: class, with this ONNX graph"),

@@ -108,6 +108,16 @@ def test_overlay_keeps_the_image_and_its_size(mode):
     assert np.array_equal(image, before)
 
 
+@pytest.mark.parametrize("outline", [False, True])
+@pytest.mark.parametrize("mode", OVERLAYS)
+def test_opacity_lays_the_drawing_over_the_image(mode, outline):
+    saliency, image = example()
+    full = overlay(image, saliency, mode=mode, outline=outline).astype(float)
+    half = overlay(image, saliency, mode=mode, outline=outline, opacity=0.5)
+    np.testing.assert_allclose(half, (full + image) / 2, atol=0.76)  # `full` is rounded, and so is the half
+    np.testing.assert_array_equal(overlay(image, saliency, mode=mode, outline=outline, opacity=0), image)
+
+
 def test_overlay_modes():
     saliency, image = example()
     weight = strength(saliency)[..., None]
@@ -132,8 +142,10 @@ def test_overlay_modes():
         ({"clip_upper": 101}, "clip_upper"),
         ({"clip_lower": -1}, "clip_lower"),
         ({"clip_upper": float("nan")}, "clip_upper"),
+        ({"opacity": 1.01}, r"Option 'opacity' is 1.01; allowed: a number in \[0, 1\]"),
+        ({"opacity": float("nan")}, "opacity"),
     ],
-    ids=["colormap", "mode", "order", "above", "below", "nan"],
+    ids=["colormap", "mode", "order", "above", "below", "nan", "opaque", "opacity-nan"],
 )
 def test_bad_options_are_refused(change, message):
     saliency, image = example()

@@ -138,6 +138,7 @@ def place(tmp_path_factory):
         {"seed": "evidence"},
         {"method": "integrated_gradients", "steps": 3},
         {"method": "smoothgrad", "samples": 3, "noise": 0.3, "noise_seed": 5},
+        {"method": "grad_cam"},
         {"polarity": "negative"},
         {"polarity": "positive", "method": "input_x_gradient"},
     ],

@@ -432,9 +432,9 @@ class Untraceable(networks.Branching):
 NONE = r"no value \(batch, channels, height, width\) of this network lies on every path to its logits"
 REFUSED = {
     **dict.fromkeys((Tokens, PooledTokens, Attention, MixedFlat, ChannelsLast), NONE),
-    Untraceable: "where its evidence is cannot be told: The network's calls cannot be traced: ",
-    networks.Hooked: "where its evidence is cannot be told: Module 'right' has forward hooks, ",
-    networks.SlicedRelu: "where its evidence is cannot be told: 'relu_' writes into a tensor that is read through",
+    Untraceable: "where its last map is cannot be told: The network's calls cannot be traced: ",
+    networks.Hooked: "where its last map is cannot be told: Module 'right' has forward hooks, ",
+    networks.SlicedRelu: "where its last map is cannot be told: 'relu_' writes into a tensor that is read through",
 }
 
 

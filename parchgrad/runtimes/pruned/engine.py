@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parchgrad.defaults import CONSERVE
 from parchgrad.errors import UnsupportedModelError
-from parchgrad.runtimes import Gradients, Plan, Points
+from parchgrad.runtimes import AtLastMap, Gradients, Plan, Points
 from parchgrad.runtimes.dense import checked_logits, is_memory, mixed_score, took_no_part
 from parchgrad.runtimes.evidence_seed import NO_LAST_MAP, refusal
 from parchgrad.runtimes.pruned.batched import BatchRules, staged
@@ -131,9 +131,43 @@ class PrunedEngine:
         targets = targets.to(self._device)
         targets = torch.where(targets < 0, logits.argmax(dim=1), targets)
         rules = self._rules(compiled, targets, plan)
-        gradients = _taken_back(compiled.program, record, _seed(logits, targets, plan), rules)
+        seed = _seed(logits, targets, plan.probability_weighted)
+        gradients = _taken_back(compiled.program, record, seed, rules)
         unchanged = [[False] * len(plan)] if not rules else [rule.unchanged for rule in rules.values()]
         return Gradients(logits, targets, gradients, torch.tensor(unchanged, device=self._device).sum(dim=0))
+
+    def at_last_map(self, images: Tensor, targets: Tensor, probability_weighted: Tensor) -> AtLastMap | None:
+        """As `Runtime.at_last_map`; None where the program does not have the last map. Raises UnlikeModelError."""
+        with torch.inference_mode(False), torch.no_grad():
+            compiled = self._current()
+            images = images.clone() if images.is_inference() else images
+            parts = []
+            for start, end in self._slices(compiled, images):
+                some, weighted = images[start:end], probability_weighted[start:end]
+                found = self._slice_at_last_map(compiled, some, targets[start:end], weighted)
+                if found is None:
+                    return None
+                parts.append(found)
+        columns = zip(*((p.logits, p.targets, p.values, p.gradients) for p in parts), strict=True)
+        return AtLastMap(*map(torch.cat, columns))
+
+    def _slice_at_last_map(
+        self, compiled: _Compiled, images: Tensor, targets: Tensor, probability_weighted: Tensor
+    ) -> AtLastMap | None:
+        program = compiled.program
+        nobody = torch.zeros(len(images), dtype=torch.bool, device=self._device)
+
+        def call() -> Record:
+            place = _last_map(compiled, images)
+            return program.record(images, weigh_at=place, which=nobody, first=place or 0)
+
+        record = self._confirmed(compiled, images, call, lambda record: record.logits)
+        if record.weighing is None or not program.is_whole(record.weighing.number):
+            return None
+        targets = targets.to(self._device)
+        targets = torch.where(targets < 0, record.logits.argmax(dim=1), targets)
+        gradients = program.pull_to_last_map(record, _seed(record.logits, targets, probability_weighted))
+        return AtLastMap(record.logits, targets, record.weighing.values, gradients)
 
     def shares(self, points: Points) -> bool:
         """Whether `sums` can do these."""
@@ -181,7 +215,7 @@ class PrunedEngine:
         images = images.clone() if images.is_inference() else images
         record = self._recorded(compiled, images, plan, lambda: outputs.of(points, which))
         targets = targets.to(self._device)
-        seed, rules = _seed(record.logits, targets, plan), self._rules(compiled, targets, plan)
+        seed, rules = _seed(record.logits, targets, plan.probability_weighted), self._rules(compiled, targets, plan)
         for i in range(len(which)):
             alone = {name: rule.of(i) for name, rule in rules.items()}
             one = program.pull_to_entry(record.of(i), seed[i : i + 1], alone)
@@ -212,7 +246,7 @@ class PrunedEngine:
         targets = staged(targets, self._device)
         targets = torch.where(targets < 0, logits.argmax(dim=1), targets)
         rules = self._batch_rules.of(targets, plan)
-        gradients = compiled.program.pull(record, _seed(logits, targets, plan), rules)
+        gradients = compiled.program.pull(record, _seed(logits, targets, plan.probability_weighted), rules)
         left = ~images.sum(dim=(1, 2, 3), dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()
         unchanged = torch.zeros(len(plan), dtype=torch.long, device=self._device)
         for rule in rules.values():
@@ -303,15 +337,7 @@ class PrunedEngine:
             known = None if outputs is None else outputs()
             if not weighs:
                 return program.record(images, known)
-            size = images.shape[1:]
-            place = compiled.last_maps.get(size)  # at once: other threads may clear them
-            if place is None:
-                place = program.last_map(images[:1])
-                if len(compiled.last_maps) >= _MOST_SIZES:
-                    compiled.last_maps.clear()
-                if place is not None:
-                    compiled.last_maps[size] = place
-            return program.record(images, known, place, staged(plan.evidence, self._device))
+            return program.record(images, known, _last_map(compiled, images), staged(plan.evidence, self._device))
 
         record = self._confirmed(compiled, images, call, lambda record: record.logits)
         if weighs and record.weighing is None:
@@ -402,6 +428,19 @@ class _Choices:
         return chosen
 
 
+def _last_map(compiled: _Compiled, images: Tensor) -> int | None:
+    """The value at the network's last map, for images of this size."""
+    size = images.shape[1:]
+    place = compiled.last_maps.get(size)  # at once: other threads may clear them
+    if place is None:
+        place = compiled.program.last_map(images[:1])
+        if len(compiled.last_maps) >= _MOST_SIZES:
+            compiled.last_maps.clear()
+        if place is not None:
+            compiled.last_maps[size] = place
+    return place
+
+
 def _taken_back(program: Program, record: Record, seed: Tensor, rules: Mapping[str, LayerRule]) -> Tensor:
     """The gradients at the images `(B, 3, h, w)`, one image after the other where that can be: one image's gradients
     stay in a processor's cache, and there is memory for those of one only."""
@@ -416,13 +455,13 @@ def _taken_back(program: Program, record: Record, seed: Tensor, rules: Mapping[s
     return torch.cat(each)
 
 
-def _seed(logits: Tensor, targets: Tensor, plan: Plan) -> Tensor:
+def _seed(logits: Tensor, targets: Tensor, probability_weighted: Tensor) -> Tensor:
     """The gradient of the images' scores at the logits."""
-    if not bool(plan.probability_weighted.any()):
+    if not bool(probability_weighted.any()):
         return torch.zeros_like(logits).scatter_(1, targets[:, None], 1.0)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        score = mixed_score(leaf, targets, staged(plan.probability_weighted, logits.device))
+        score = mixed_score(leaf, targets, staged(probability_weighted, logits.device))
         (seed,) = torch.autograd.grad(score.sum(), leaf)
     return seed
 

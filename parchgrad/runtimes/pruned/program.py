@@ -125,6 +125,11 @@ class Program:
         extents = {0: extent(images)} | {number: extent(value) for number, value in self._results(images)}
         return last_map([(line.output, line.inputs) for line in self._lines], extents, 0, self._answer)
 
+    def is_whole(self, number: int) -> bool:
+        """Whether a value is one of the network's own: it is not where its ReLU comes with the pooling after it."""
+        readers = (line.step for line in self._lines if number in line.inputs)
+        return not any(isinstance(step, steps.MaxPooling) and step.rectified for step in readers)
+
     def _results(self, images: Tensor) -> Iterator[tuple[int, Any]]:
         """Each step's number and result, in order; the program itself holds none longer than it is read."""
         values: list[Any] = [None] * self._values
@@ -136,11 +141,17 @@ class Program:
             yield line.output, values[line.output]
 
     def record(
-        self, images: Tensor, outputs: Tensor | None = None, weigh_at: int | None = None, which: Tensor | None = None
+        self,
+        images: Tensor,
+        outputs: Tensor | None = None,
+        weigh_at: int | None = None,
+        which: Tensor | None = None,
+        first: int = 0,
     ) -> Record:
         """The answer, and what its gradient needs; `outputs` of the entry for these images, where they are known.
 
         `weigh_at`: the value at which the gradient of the images `which` `(B,)` bool is weighed by its evidence.
+        `first`: the value before which nothing is kept, for a gradient that ends there.
         Raises UnsupportedModelError where a call is given tensors in a list or the like, through which no gradient
         would find its way back.
         """
@@ -150,7 +161,10 @@ class Program:
         weighing = None
         for number, line in enumerate(self._lines):
             given = [values[i] for i in line.inputs]
-            if outputs is not None and number == self._entry:
+            if number < first:
+                values[line.output] = line.step.run(*given)
+                kept.append(None)
+            elif outputs is not None and number == self._entry:
                 values[line.output], mine = line.step.record_of(outputs, images.shape)
                 kept.append(mine)
             elif isinstance(line.step, steps.Part):
@@ -179,6 +193,13 @@ class Program:
         grad = self._pulled(record, seed, rules, self._entry + 1)[line.output]
         one: AtOutput = line.step.at_output(grad, kept, rules.get(line.step.name))
         return one
+
+    def pull_to_last_map(self, record: Record, seed: Tensor) -> Tensor:
+        """`pull`, without rules, up to the value at which the record would weigh; it is not weighed."""
+        assert record.weighing is not None
+        number, grads = record.weighing.number, {self._answer: seed}
+        self._pull_lines(grads, record, {}, number, len(self._lines))
+        return dense(grads[number])
 
     def _pulled(
         self, record: Record, seed: Tensor, rules: Mapping[str, LayerRule] | Mapping[str, BatchRule], first: int

@@ -157,24 +157,24 @@ class MaxPooling:
     ) -> None:
         self._kernel, self._stride = _both(kernel), _both(stride if stride not in (None, []) else kernel)
         self._padding, self._dilation, self._ceil_mode = _both(padding), _both(dilation), ceil_mode
-        self._rectified = rectified
+        self.rectified = rectified  # the ReLU of what it is given comes with it
 
     def run(self, x: Tensor) -> Tensor:
         y = F.max_pool2d(x, self._kernel, self._stride, self._padding, self._dilation, self._ceil_mode)
-        return torch.relu_(y) if self._rectified else y
+        return torch.relu_(y) if self.rectified else y
 
     def record(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, torch.Size]]:
         y, places = _aten.max_pool2d_with_indices(
             x, self._kernel, self._stride, self._padding, self._dilation, self._ceil_mode
         )
-        if self._rectified:
+        if self.rectified:
             torch.relu_(y)
         return y, (y, places, x.shape)
 
     def pull(self, grad: Gradient, kept: tuple[Tensor, Tensor, torch.Size]) -> tuple[Tensor]:
         y, places, shape = kept
         grad = _laid_out_as(dense(grad), y)
-        if self._rectified:
+        if self.rectified:
             grad = RELU.backward(grad, y)
         like = empty_like(grad, shape)  # only its form counts
         answer: Tensor = _aten.max_pool2d_with_indices_backward(
