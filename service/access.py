@@ -27,6 +27,7 @@ from service.settings import PREFIX, PROJECT_ROOT, Settings, SettingsError
 
 HEALTH = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready")  # a prober has no key
 DESCRIPTIONS = ("/metrics", "/docs.json")
+PAGE, PAGE_PREFIX = "/", "/page/"  # the page says nothing of models; what it asks for with a key, it asks elsewhere
 ADMIN_PREFIX = "/v2/repository/models/"  # load and unload; /v2/repository/index only lists
 
 KEY = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<digest>[0-9a-f]{64})(:(?P<rate>[1-9][0-9]{0,8}))?")
@@ -192,6 +193,8 @@ class Gate:
         return await self._app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
+        if path == PAGE or path.startswith(PAGE_PREFIX):
+            return True
         return path in HEALTH or (path in DESCRIPTIONS and not self._access.guards_metrics)
 
     async def _caller(self, scope: Scope) -> str | None:

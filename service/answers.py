@@ -167,7 +167,7 @@ def _failed(error: ServiceError) -> FailedAnswer:
     return FailedAnswer(error=ErrorBody(code=error.code, message=error.message))
 
 
-def _predictions(engine: Engine, outcome: Outcome) -> list[Prediction]:
+def predictions_of(engine: Engine, outcome: Outcome) -> list[Prediction]:
     probabilities = outcome.first.probabilities
     k = outcome.request.asked.top_k or min(DEFAULT_TOP_K, len(probabilities))
     return [_prediction(engine, outcome.first, index) for index in best(probabilities, k)]
@@ -178,7 +178,7 @@ def _prediction(engine: Engine, result: Result, index: int) -> Prediction:
 
 
 def _predicted(engine: Engine, outcome: Outcome) -> PredictResult:
-    return PredictResult(image_sha256=outcome.prepared.sha256, predictions=_predictions(engine, outcome))
+    return PredictResult(image_sha256=outcome.prepared.sha256, predictions=predictions_of(engine, outcome))
 
 
 def _explained(engine: Engine, outcome: Outcome, now: Clock) -> ExplainResult:
@@ -190,7 +190,7 @@ def _explained(engine: Engine, outcome: Outcome, now: Clock) -> ExplainResult:
     many = outcome.request.asked.top_targets
     return ExplainResult(
         image_sha256=outcome.prepared.sha256,
-        predictions=_predictions(engine, outcome),
+        predictions=predictions_of(engine, outcome),
         explanation=None if many else maps[0],
         explanations=maps if many else None,
     )
@@ -210,7 +210,7 @@ def _explanation(engine: Engine, outcome: Outcome, result: Result, now: Clock) -
         **effective_options(options),
         polarity=asked.polarity,
         saliency=_saliency(outcome, result.saliency),
-        transform=_transform(outcome.prepared.placement, outcome.prepared.orientation),
+        transform=transform_of(outcome.prepared.placement, outcome.prepared.orientation),
         quality=Quality(gini=_or_none(result.figures.gini), identity_layers=result.identity_layers),
     )
 
@@ -226,7 +226,7 @@ def _late_reason(outcome: Outcome) -> str:
     return f"The map was made, and not drawn within {name}."
 
 
-def _transform(placement: "Placement | None", orientation: int) -> Transform | None:
+def transform_of(placement: "Placement | None", orientation: int) -> Transform | None:
     if placement is None:
         return None
     return Transform(original_size=placement.original_size, exif_orientation=orientation, crop_box=placement.crop_box)
@@ -305,6 +305,7 @@ def _picture(outcome: Outcome, values: Array) -> Array:
         clip_upper=drawing.clip_upper,
         smooth=SMOOTH * max(backdrop.size),
         outline=drawing.outline,
+        opacity=drawing.opacity,
     )
 
 

@@ -18,8 +18,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import admin, logs, metrics, native, openapi, tracing
+from service import admin, attacks, class_graphs, layers, logs, metrics, native, openapi, tracing, traffic
 from service.errors import LIBRARY_CODES, ServiceError, from_exception
+from service.page import routes as page
 from service.protocols import v1, v2
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def create_app() -> Starlette:
-    """All our routes. Whoever serves it sets `app.state.pipeline` before the first request."""
+    """All our routes. Who serves it sets `app.state.pipeline` and `app.state.needs_key` before the first request."""
     handlers: dict[Any, Any] = {HTTPException: _on_http_exception, ServiceError: _on_error}
     handlers |= {kind: _on_error for kind, _ in LIBRARY_CODES}
     routes: list[BaseRoute] = [*native.ROUTES, *v2.ROUTES, *v1.ROUTES, *admin.ROUTES]
+    routes += [*page.ROUTES, *class_graphs.ROUTES, *layers.ROUTES, *attacks.ROUTES, *traffic.ROUTES]
     routes.append(Route("/docs.json", openapi.view, methods=["GET"]))
     return Starlette(routes=routes, exception_handlers=handlers)
 

@@ -19,7 +19,10 @@ from parchgrad.errors import AbandonedError
 from parchgrad.evaluation.maps import Figures, figures
 
 if TYPE_CHECKING:
+    from parchgrad.attacks.attack import Attack
+    from parchgrad.attacks.comparison import Attacked
     from parchgrad.drift import LayerDrift
+    from parchgrad.layer_views import NetworkView
     from parchgrad.options import Options
     from parchgrad.preprocessing import Preprocessing
 
@@ -155,10 +158,28 @@ class Engine(Protocol):
     def no_drift(self) -> str | None:
         """Why `drift` cannot be asked; None where it can."""
 
+    @property
+    def no_network(self) -> str | None:
+        """Why the network itself, its layers and gradients, cannot be looked into; None where it can."""
+
     def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
         """By layer, how far an image `(3, h, w)` is from the table's in the channels of a class that has a row.
 
         Raises DeviceMemoryError.
+        """
+
+    def layers(self, tensor: Array, target: int, options: Options, channels: int, order: str) -> NetworkView:
+        """One image's way through the network and back; see parchgrad.layer_views. Not asked where `no_network`.
+
+        Raises what `layer_views` raises, and DeviceMemoryError.
+        """
+
+    def attack(
+        self, tensor: Array, attack: Attack, options: Options, reduction: str, most: int, wanted: Callable[[], bool]
+    ) -> Attacked:
+        """What an attack does to one image; see parchgrad.attacks.comparison. Not asked where `no_network`.
+
+        `wanted` is asked between the steps. Raises what `attacked` raises, and DeviceMemoryError.
         """
 
     def self_test(self) -> None:

@@ -11,25 +11,58 @@ from typing import Any
 from pydantic import BaseModel
 
 from parchgrad import __version__
+from parchgrad.activation_histograms import BINS, EDGES, FEWEST_IMAGES, normal
 from service.protocols import schemas as protocol
 from service.schemas import (
     OPTIONS,
     REQUEST_OPTIONS,
+    AttackAnswer,
+    AttackChannel,
+    AttackedClass,
+    AttackLayer,
+    AttackSaid,
+    ClassComparisonAnswer,
+    ClassGraphAnswer,
+    ClassGraphChannelAnswer,
+    ClassGraphClassAnswer,
+    ClassGraphEdge,
+    ClassGraphLayer,
+    ClassGraphNode,
+    ClassGraphPlace,
+    ClassName,
+    ComparedLayer,
     ErrorBody,
     ExplainAnswer,
     ExplainResult,
     ExplanationAnswer,
     FailedAnswer,
+    GradientShares,
+    LayerAnswer,
+    LayerChannel,
+    LayerRule,
+    LayersAnswer,
+    MapMovement,
+    MapStack,
     MissingExplanation,
     ModelAnswer,
     ModelEntry,
     ModelIdentity,
     ModelListing,
+    PageState,
+    Perturbation,
     PredictAnswer,
     Prediction,
     PredictResult,
     Quality,
+    SaliencyMap,
+    SampleListing,
+    ServedClass,
     Software,
+    TrafficAnswer,
+    TrafficBucket,
+    TrafficClass,
+    TrafficFigure,
+    TrafficLayer,
     Transform,
     option_bounds,
     option_defaults,
@@ -46,8 +79,11 @@ MESSAGES = {
     "image_corrupt": "The png is damaged.",
     "unauthorized": "A key is needed: 'Authorization: Bearer TOKEN' or 'X-API-Key: TOKEN'.",
     "forbidden": "Key 'camera' may not load or unload models.",
+    "attack_off": "Attacks are off here; PARCHGRAD_ATTACKS=true turns them on.",
     "not_found": "There is nothing at '/explian'.",
     "unknown_model": "There is no model 'resnet'; there is 'scenes'.",
+    "no_class_graph": "Model 'scenes' version 1 has no class graph; build one: "
+    "parchgrad class-graph build scenes --data IMAGES.",
     "unknown_version": "Model 'scenes' has no version '7'; it has '1'.",
     "method_not_allowed": "GET is not allowed at '/explain'; use POST.",
     "not_acceptable": "image/png answers one map of one image; use application/json.",
@@ -161,7 +197,94 @@ _OUTPUTS = [
     protocol.TensorMetadata(name="saliency", datatype="FP32", shape=[-1, -1, -1]),
 ]
 
+_SEEN = TrafficClass(
+    label="all classes", images=0, reference="normal", divergence=[None], expected=[None], bound=[None]
+)
+
+# Not of the bundled model: the numbers of a layer that fits a page, whose one selected channel sends back 3 and 1.
+_MAP_PAIR = MapStack(shape=(2, 1, 2), dtype="int8", scales=[0.023622, 0.015748], data="f0IrAA==")
+_LAYER = LayerAnswer(
+    name="features.0.0", call=0, calls=1, kind="Conv2d", kernel=[3, 3], stride=[1, 1], groups=1, shape=[2, 1, 2],
+    active=True, selected=[1],
+    rule=LayerRule(
+        m=1.0, n=1.0, k=0.0, a=1.0, b=1.41421, selected_factor=1.41421, unselected_factor=0.0, identity=False,
+        sd_before=1.41421, sd_after=1.41421,
+    ),
+    energy=GradientShares(plain=14.0, before=14.0, after=20.0),
+    selected_share=GradientShares(plain=0.714286, before=0.714286, after=1.0),
+    sums=MapStack(shape=(3, 1, 2), dtype="int8", scales=[0.023622, 0.015748, 0.033407], data="fyp/AH8q"),
+    channels=[
+        LayerChannel(
+            index=1, selected=True, feature=0.75, deviations=1.5, rank=0, log_p=-41.2, factor=1.41421,
+            share=GradientShares(plain=0.714286, before=0.714286, after=1.0),
+        ),
+        LayerChannel(
+            index=0, selected=False, feature=0.5, deviations=-0.25, rank=1, log_p=-0.4, factor=0.0,
+            share=GradientShares(plain=0.285714, before=0.285714, after=0.0),
+        ),
+    ],
+    activation=MapStack(shape=(2, 1, 2), dtype="uint8", scales=[0.00588, 0.00392], data="/wD/AA=="),
+    plain=_MAP_PAIR,
+    before=_MAP_PAIR,
+)  # fmt: skip
+
+# Not of the bundled model: a class turned, and pictures of nothing.
+_TURNED = [
+    AttackedClass(index=9, label="umbrella", before=0.9886, after=0.0712),
+    AttackedClass(index=5, label="leaf", before=0.00692, after=0.918),
+]
+_TINY_MAP = SaliencyMap(shape=(1, 2), dtype="uint8", scale=0.00392, encoding="base64", data="/4A=")
+
 _OF: dict[type[BaseModel], dict[str, BaseModel]] = {
+    PageState: {"as it starts": PageState(parchgrad=__version__, keys=False, attacks=False)},
+    SampleListing: {"two pictures": SampleListing(samples=["mosaic_3.png", "scene_9.png"])},
+    ClassGraphAnswer: {
+        "two layers, two classes": ClassGraphAnswer(
+            **_MODEL.model_dump(),
+            layers=[
+                ClassGraphLayer(name="features.0.0", channels=24, selected=2),
+                ClassGraphLayer(name="features.2.first.0", channels=48, selected=5),
+            ],
+            classes=[
+                ClassGraphPlace(index=1, label="cup", images=400, x=0.61, y=-0.2),
+                ClassGraphPlace(index=9, label="umbrella", images=400, x=-0.4, y=1.0),
+            ],
+            built={"by": f"parchgrad {__version__}"},
+        )
+    },
+    ClassGraphClassAnswer: {
+        "two channels, one influence": ClassGraphClassAnswer(
+            index=9,
+            label="umbrella",
+            images=400,
+            nodes=[
+                ClassGraphNode(layer="features.0.0", channel=7, strength=1, log_p=-120.5, pagerank=0.4),
+                ClassGraphNode(layer="features.2.first.0", channel=31, strength=0.71, log_p=-96.25, pagerank=0.6),
+            ],
+            nodes_in_all=160,
+            edges=[ClassGraphEdge(source=0, target=1, weight=0.18)],
+            edges_in_all=1,
+        )
+    },
+    ClassComparisonAnswer: {
+        "one layer": ClassComparisonAnswer(
+            a=ClassName(index=9, label="umbrella"),
+            b=ClassName(index=1, label="cup"),
+            layers=[ComparedLayer(layer="features.0.0", shared=[7], only_a=[3], only_b=[12])],
+        )
+    },
+    ClassGraphChannelAnswer: {
+        "a channel of two classes": ClassGraphChannelAnswer(
+            layer="features.0.0",
+            channel=7,
+            classes=[
+                ServedClass(index=9, label="umbrella", strength=1, log_p=-120.5),
+                ServedClass(index=1, label="cup", strength=0.4, log_p=-31.5),
+            ],
+            classes_in_all=2,
+            exemplars=9,
+        )
+    },
     PredictAnswer: {
         "one image": PredictAnswer(
             model=_MODEL, software=_SOFTWARE, results=[PredictResult(image_sha256=_IMAGE, predictions=_PREDICTIONS)]
@@ -172,8 +295,74 @@ _OF: dict[type[BaseModel], dict[str, BaseModel]] = {
         "a map shed under load": _explain_answer(_explained(_SHED)),
         "one bad image of two": _explain_answer(_BAD_IMAGE, _explained(_EXPLANATION)),
     },
+    LayersAnswer: {
+        "one small layer": LayersAnswer(
+            model=_MODEL,
+            software=_SOFTWARE,
+            request_id="b1e9",
+            image_sha256=_IMAGE,
+            predictions=_PREDICTIONS,
+            target=_UMBRELLA,
+            options={"method": "gradient", "rule": True, "seed": "logit", **_TABLE_DEFAULTS},
+            order="activation",
+            identity_layers=0,
+            transform=Transform(original_size=(48, 48), exif_orientation=1, crop_box=(0.0, 0.0, 48.0, 48.0)),
+            maps=MapStack(shape=(2, 1, 2), dtype="uint8", scales=[0.00118, 0.00196], data="/4D/AA=="),
+            layers=[_LAYER],
+        )
+    },
+    AttackAnswer: {
+        "a class turned by two levels": AttackAnswer(
+            model=_MODEL,
+            software=_SOFTWARE,
+            request_id="b1e9",
+            image_sha256=_IMAGE,
+            attack=AttackSaid(kind="pgd", strength=2.0, steps=10, seed=0),
+            changed=True,
+            old=_TURNED[0],
+            new=_TURNED[1],
+            predictions=_TURNED,
+            picture="iVBORw0KGgo=",
+            attacked="iVBORw0KGgo=",
+            perturbation=Perturbation(png="iVBORw0KGgo=", factor=63, largest=2, mean=1.6),
+            options={"method": "gradient", "rule": True, "seed": "logit", **_TABLE_DEFAULTS},
+            map_before=_TINY_MAP,
+            map_after=_TINY_MAP,
+            movement=MapMovement(agreement=0.91, overlap=0.64, shift=0.02),
+            layers=[
+                AttackLayer(
+                    name="features.0.0",
+                    channels=24,
+                    size=0.3,
+                    of_old=-0.2,
+                    of_new=0.4,
+                    excited=[AttackChannel(index=3, before=0.1, after=1.2, of_old=False, of_new=True)],
+                    inhibited=[AttackChannel(index=17, before=0.8, after=-0.1, of_old=True, of_new=False)],
+                )
+            ],
+        )
+    },
     ModelListing: {
         "one model": ModelListing(default=_MODEL.name, models=[ModelEntry(state="READY", **_MODEL.model_dump())])
+    },
+    TrafficAnswer: {
+        "one layer, nothing seen yet": TrafficAnswer(
+            **_MODEL.model_dump(),
+            span="hour",
+            bucket_seconds=120,
+            watch_rate=0.01,
+            workers=1,
+            fewest_images=FEWEST_IMAGES,
+            images=0,
+            images_of_others=0,
+            edges=EDGES.tolist(),
+            layers=["head"],
+            classes=[_SEEN],
+            chosen=_SEEN,
+            distributions=[TrafficLayer(name="head", values=0, live=[0] * BINS, reference=normal().round(6).tolist())],
+            history=[TrafficBucket(start=1_700_000_040, images=0, divergence=[None], bound=[None])],
+            figures=[TrafficFigure(name="gini", lowest=0, highest=1, maps=0, quantiles=[], history=[])],
+        )
     },
     ModelAnswer: {
         "with less of its table": ModelAnswer(
@@ -262,7 +451,17 @@ _OF: dict[type[BaseModel], dict[str, BaseModel]] = {
     },
 }
 
-PATH = {"name": _MODEL.name, "version": _MODEL.version}  # what stands in a path
+# What stands in a path.
+PATH = {
+    "name": _MODEL.name,
+    "version": _MODEL.version,
+    "path": "main.js",
+    "file": "scene_9.png",
+    "index": "9",
+    "other": "1",
+    "layer": "features.0.0",
+    "channel": "7",
+}
 
 INDEX = [protocol.IndexEntry(name=_MODEL.name, version="1", state="READY", reason="")]
 

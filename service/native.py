@@ -135,7 +135,7 @@ async def model(request: Request) -> Response:
 
     pipeline: Pipeline = request.app.state.pipeline
     settings = pipeline.settings
-    with pipeline.repository.use(request.path_params["name"], _version(request)) as served:
+    with pipeline.repository.use(request.path_params["name"], version_of(request)) as served:
         engine = served.engine
         answer = ModelAnswer(
             **identity(engine).model_dump(),
@@ -153,7 +153,8 @@ async def model(request: Request) -> Response:
     return Response(answer.model_dump_json(), media_type=JSON)
 
 
-def _version(request: Request) -> str | None:
+def version_of(request: Request) -> str | None:
+    """What `?version=` says, the only field of the routes that ask about one model."""
     fields = {name: request.query_params.getlist(name) for name in request.query_params}
     for name in fields:
         if name != "version":

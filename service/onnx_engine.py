@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parchgrad.errors import ModelError
+from parchgrad.errors import ModelError, UnsupportedModelError
 from service import memory
 from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns, within_memory
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
+    from parchgrad.attacks.attack import Attack
+    from parchgrad.attacks.comparison import Attacked
     from parchgrad.drift import LayerDrift
+    from parchgrad.layer_views import NetworkView
     from parchgrad.options import Options
 
 
@@ -83,9 +86,21 @@ class OnnxEngine:
     def no_drift(self) -> str | None:
         return self.explainer.no_drift
 
+    @property
+    def no_network(self) -> str | None:
+        return f"'{self.model.name}' is served from an exported graph, which shows its logits and its map and no layers"
+
     def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
         (drift,) = within_memory(lambda: self.explainer.drift(tensor[None], [target]), 1, memory.give_back)
         return drift
+
+    def layers(self, tensor: Array, target: int, options: Options, channels: int, order: str) -> NetworkView:
+        raise UnsupportedModelError(f"Layers: {self.no_network}.")
+
+    def attack(
+        self, tensor: Array, attack: Attack, options: Options, reduction: str, most: int, wanted: Callable[[], bool]
+    ) -> Attacked:
+        raise UnsupportedModelError(f"An attack: {self.no_network}.")
 
     def self_test(self) -> None:
         self.explainer.self_test()

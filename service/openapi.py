@@ -14,16 +14,27 @@ from service import examples
 from service.errors import STATUS
 from service.protocols import schemas as protocol_types
 from service.schemas import (
+    CLASS_GRAPH_OPTIONS,
     METHOD_OF,
     OPTIONS,
     REQUEST_OPTIONS,
     TIMEOUTS,
+    TRAFFIC_OPTIONS,
+    AttackAnswer,
+    ClassComparisonAnswer,
+    ClassGraphAnswer,
+    ClassGraphChannelAnswer,
+    ClassGraphClassAnswer,
     ErrorAnswer,
     ExplainAnswer,
+    LayersAnswer,
     ModelAnswer,
     ModelListing,
     Option,
+    PageState,
     PredictAnswer,
+    SampleListing,
+    TrafficAnswer,
     options_of,
     timeout_kind,
 )
@@ -32,6 +43,7 @@ from service.settings import Settings
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 BINARY = {"type": "string", "format": "binary"}
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
 _REF = "#/components/schemas/{model}"
 
 Schema = dict[str, Any]
@@ -79,6 +91,7 @@ def document(settings: Settings | None = None) -> Schema:
             {"name": "V2", "description": "The Open Inference Protocol, with binary tensors."},
             {"name": "V1", "description": "KServe's first protocol."},
             {"name": "repository", "description": "Which models serve."},
+            {"name": "page", "description": "The page at / and what it is made of."},
             {"name": "operation", "description": "Probes and metrics."},
         ],
         "paths": {
@@ -134,6 +147,27 @@ def _paths(settings: Settings) -> dict[str, dict[str, Operation]]:
         "/predict": {"post": _images_in("Predict the class of each image.", "predict", settings)},
         "/explain": {"post": _images_in("Predict, and map what the prediction rests on.", "explain", settings)},
         **_models(),
+        **_page(),
+        "/layers": {
+            "post": _one_image_in(
+                "One image's way through the network and back, layer by layer.",
+                "layers",
+                LayersAnswer,
+                (*NATIVE, *EXPLAINED, "option_unsupported"),
+                settings,
+            )
+        },
+        "/attack": {
+            "post": _one_image_in(
+                "One image before and after a small change: predictions, maps, channels.",
+                "attack",
+                AttackAnswer,
+                (*NATIVE, "unknown_class", "map_not_finite", "map_shed", "option_unsupported", "attack_off"),
+                settings,
+            )
+        },
+        **_class_graph(),
+        **_traffic(),
         **_operation_routes(),
         **_protocol_v2(),
         **_protocol_v1(settings),
@@ -172,6 +206,29 @@ def _images_in(summary: str, route: str, settings: Settings) -> Operation:
     )
 
 
+def _one_image_in(summary: str, route: str, answer: Model, codes: tuple[str, ...], settings: Settings) -> Operation:
+    options = {option.name: _single(option) for option in (*_served(route, settings), *REQUEST_OPTIONS.values())}
+    form = {
+        "type": "object",
+        "required": ["image"],
+        "properties": {"image": BINARY, **options},
+        "additionalProperties": False,
+    }
+    raw = {"schema": BINARY}
+    multipart = {"schema": form, "encoding": {"image": {"contentType": "image/*"}}}
+    return Operation(
+        "page",
+        summary,
+        {JSON: _content(answer)},
+        codes,
+        body=Body({"multipart/form-data": multipart, "image/*": raw, OCTETS: raw}),
+        query=tuple(
+            {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
+            for name, schema in options.items()
+        ),
+    )
+
+
 def _models() -> dict[str, dict[str, Operation]]:
     version = _query("version", _single(REQUEST_OPTIONS["version"]))
     return {
@@ -185,6 +242,81 @@ def _models() -> dict[str, dict[str, Operation]]:
                 query=(version,),
             )
         },
+    }
+
+
+def _page() -> dict[str, dict[str, Operation]]:
+    version = _query("version", _single(REQUEST_OPTIONS["version"]))
+    named = (*KEYS, *NAMED, "unknown_field", "option_invalid")
+    html, palettes = {"text/html": {"schema": {"type": "string"}}}, {"type": "object", "additionalProperties": _BASE64}
+    return {
+        "/": {"get": Operation("page", "The page: images, predictions and maps to look at.", html, access="open")},
+        "/page/{path}": {
+            "get": Operation("page", "A file of the page.", {"*/*": {"schema": BINARY}}, ("not_found",), access="open")
+        },
+        "/page/state.json": {
+            "get": Operation("page", "What the page has to know first.", {JSON: _content(PageState)}, access="open")
+        },
+        "/page/palettes.json": {
+            "get": Operation("page", "Colour maps, 256 x 3 bytes each.", {JSON: {"schema": palettes}}, access="open")
+        },
+        "/models/{name}/samples": {
+            "get": Operation(
+                "page", "Pictures to try a model with.", {JSON: _content(SampleListing)}, named, query=(version,)
+            )
+        },
+        "/models/{name}/samples/{file}": {
+            "get": Operation(
+                "page", "One of them.", {"image/*": {"schema": BINARY}}, (*named, "not_found"), query=(version,)
+            )
+        },
+    }
+
+
+def _class_graph() -> dict[str, dict[str, Operation]]:
+    base, named = "/models/{name}/class-graph", (*KEYS, *NAMED, "no_class_graph", "unknown_field", "option_invalid")
+    version = _query("version", _single(REQUEST_OPTIONS["version"]))
+    bounds = tuple(_query(name, _single(option)) for name, option in CLASS_GRAPH_OPTIONS.items())
+    classes = (*named, "unknown_class", "target_not_in_table")
+
+    def asked(summary: str, answer: Model, codes: tuple[str, ...], *query: Schema) -> dict[str, Operation]:
+        return {"get": Operation("page", summary, {JSON: _content(answer)}, codes, query=(version, *query))}
+
+    return {
+        base: asked("What classes are made of: layers, classes, where they lie.", ClassGraphAnswer, named),
+        f"{base}/classes/{{index}}": asked(
+            "One class, by index, name or id: channels and influences.", ClassGraphClassAnswer, classes, *bounds
+        ),
+        f"{base}/classes/{{index}}/against/{{other}}": asked(
+            "Two classes' channels: of both, of one alone.", ClassComparisonAnswer, classes
+        ),
+        f"{base}/channels/{{layer}}/{{channel}}": asked(
+            "One channel: the classes it serves.", ClassGraphChannelAnswer, named
+        ),
+        f"{base}/exemplars/{{layer}}/{{channel}}": {
+            "get": Operation(
+                "page",
+                "Pieces of the images it was built with that excite a channel most, squares side by side.",
+                {"image/webp": {"schema": BINARY}},
+                (*named, "not_found"),
+                query=(version,),
+            )
+        },
+    }
+
+
+def _traffic() -> dict[str, dict[str, Operation]]:
+    known = {**REQUEST_OPTIONS, **TRAFFIC_OPTIONS}
+    return {
+        "/traffic": {
+            "get": Operation(
+                "native",
+                "Activations of recent images beside the table's own, and figures of recent maps.",
+                {JSON: _content(TrafficAnswer)},
+                (*KEYS, *NAMED, "unknown_field", "option_invalid", "unknown_class", "target_not_in_table"),
+                query=tuple(_query(name, _single(option)) for name, option in known.items()),
+            )
+        }
     }
 
 
@@ -459,8 +591,17 @@ _RECEIVED = {model.__name__ for model in _REQUESTS} | {"InferInput", "RequestedO
 _ANSWERS: tuple[Model, ...] = (
     PredictAnswer,
     ExplainAnswer,
+    AttackAnswer,
+    LayersAnswer,
     ModelListing,
     ModelAnswer,
+    ClassGraphAnswer,
+    ClassGraphClassAnswer,
+    ClassComparisonAnswer,
+    ClassGraphChannelAnswer,
+    TrafficAnswer,
+    PageState,
+    SampleListing,
     ErrorAnswer,
     protocol_types.ProtocolError,
     protocol_types.ServerMetadata,

@@ -10,11 +10,11 @@ import contextvars
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import IO, TYPE_CHECKING, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from PIL.Image import Image as Pixels
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from parchgrad.preprocessing import Placement
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Found = TypeVar("Found")
 
 MAX_PICTURE_SIDE = 1024  # pixels: a picture of the map needs no more, whatever the photograph had
 MAX_STRIP_SIDE = 4096  # pixels: but a narrow one is to be as wide as its map
@@ -145,6 +148,11 @@ class Pipeline:
     def ready(self) -> bool:
         return self.repository.ready and not self.draining
 
+    @property
+    def watch(self) -> Watch:
+        """What is watched of this worker's answers."""
+        return self._explanations
+
     def drain(self) -> None:
         """Be ready no more; requests are answered as before."""
         self.draining = True
@@ -217,9 +225,9 @@ class Pipeline:
             deadline=arrival + timeout / 1000,
             map_deadline=arrival + min(map_timeout, timeout) / 1000,
             options=engine.options(asked.explain) if explain else None,
-            target=_class_index(model, asked.target, "'target' is", ", predicted or top:k") if named else PREDICTED,
+            target=class_index(model, asked.target, "'target' is", ", predicted or top:k") if named else PREDICTED,
             when_classes=frozenset(
-                _class_index(model, name, "'explain_when' names") for name in (when.classes if when else ())
+                class_index(model, name, "'explain_when' names") for name in (when.classes if when else ())
             ),
             draws=draw or (explain and asked.saliency == "png"),
         )
@@ -251,6 +259,40 @@ class Pipeline:
             metrics.admitted.dec(jobs)
         return outcomes
 
+    async def look(
+        self, served: Served, request: Request, look: Callable[[Prepared], tuple[Result, Found]], origin: Origin
+    ) -> tuple[Outcome, Found]:
+        """What `look` finds in one image, in the device thread of maps: admitted, decoded, timed and written down like
+        any image, and not watched, as it is no explanation. Where others' maps are shed it is refused.
+
+        Raises ServiceError. What has not begun when the caller leaves, or its time is up, never does.
+        """
+        most = self.settings.max_queue
+        if self._admitted >= most:
+            raise ServiceError("queue_full", f"{self._admitted} images or maps are waiting, the most is {most}.")
+        if self._admitted >= self.settings.shed_bound:
+            raise ServiceError("map_shed", f"{self._admitted} images or maps are waiting.")
+        self._admitted += 1
+        metrics.admitted.inc()
+        try:
+            found = await self._held(request, self._looked(served, request, look))
+            outcome = found if isinstance(found, ServiceError) else found[0]
+            await self._audit.record(origin, served, [outcome])
+        finally:
+            self._admitted -= 1
+            metrics.admitted.dec()
+        if isinstance(found, ServiceError):
+            raise found
+        return found
+
+    async def _looked(
+        self, served: Served, request: Request, look: Callable[[Prepared], tuple[Result, Found]]
+    ) -> tuple[Outcome, Found]:
+        prepared = await self._prepared(served, request)
+        result, found = await served.on_map_lane(partial(look, prepared))
+        _require_finite(result)
+        return Outcome(request, prepared, [result]), found
+
     async def change(self, origin: Origin, name: str, *, served: bool) -> None:
         """Load or unload a model in every worker, and write down who asked for it. Raises ServiceError."""
         result = "ok"
@@ -263,16 +305,22 @@ class Pipeline:
             await self._audit.record_change(origin, name, served=served, result=result)
 
     async def _outcome(self, served: Served, request: Request, missing: MissingMap | None) -> Outcome | ServiceError:
+        return await self._held(request, self._answered(served, request, missing))
+
+    async def _answered(self, served: Served, request: Request, missing: MissingMap | None) -> Outcome:
+        prepared = await self._prepared(served, request)
+        if request.options is None:
+            outcome = Outcome(request, prepared, [await _predicted(served, request, prepared)])
+        else:
+            outcome = await _explained(served, request, request.options, prepared, missing)
+        _require_finite(outcome.first)
+        return outcome
+
+    async def _held(self, request: Request, work: Coroutine[Any, Any, T]) -> T | ServiceError:
+        """`work` held to the image's deadline, and what it raises as the error that the caller is told."""
         try:
             async with asyncio.timeout_at(request.deadline):
-                prepared = await self._prepared(served, request)
-                if request.options is None:
-                    outcome = Outcome(request, prepared, [await _predicted(served, request, prepared)])
-                else:
-                    outcome = await _explained(served, request, request.options, prepared, missing)
-            if not np.isfinite(outcome.first.logits).all():
-                return ServiceError("prediction_not_finite", "The model's output overflows float32 for this input.")
-            return outcome
+                return await work
         except images.ImageError as error:
             return ServiceError(error.code, error.message)
         except QueueFullError:
@@ -311,7 +359,13 @@ class Pipeline:
         return Prepared(tensor, placement, picture.orientation, backdrop, digest)
 
 
-def _class_index(model: ServedModel, text: str, option_is: str, also: str = "") -> int:
+def _require_finite(result: Result) -> None:
+    """Raises ServiceError(prediction_not_finite)."""
+    if not np.isfinite(result.logits).all():
+        raise ServiceError("prediction_not_finite", "The model's output overflows float32 for this input.")
+
+
+def class_index(model: ServedModel, text: str, option_is: str, also: str = "") -> int:
     """The class that an option's text names; `also`: what else it may say. Raises ServiceError(unknown_class)."""
     try:
         return model.class_index(text)

@@ -250,7 +250,7 @@ class Repository:
             text = "it" + text.removeprefix(f"Model '{name}'")
         log.error("%s %s", start, text)
         settings = self._settings
-        return f"{start} {_without_folders(text, (settings.models_dir, settings.tables_dir, settings.graphs_dir))}"
+        return f"{start} {without_folders(text, (settings.models_dir, settings.tables_dir, settings.graphs_dir))}"
 
     def _serve(self, name: str, served: dict[str, Served]) -> None:
         self._served[name] = served
@@ -328,7 +328,7 @@ class Repository:
         return found
 
 
-def _without_folders(text: str, folders: Iterable[Path]) -> str:
+def without_folders(text: str, folders: Iterable[Path]) -> str:
     """No absolute path: what lies in one of `folders` begins with the folder's name, of others the last part stays."""
     for folder in sorted(folders, key=lambda one: len(str(one)), reverse=True):
         text = re.sub(rf"(?<![\w./]){re.escape(str(folder))}(?![\w.-])", folder.name, text)

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from parchgrad.attacks.attack import GRADIENT_KINDS, KINDS, MOST_LEVELS, MOST_STEPS, MOST_TEXT, STEPS, TEXT
 from parchgrad.defaults import CONSERVE, SELECTIONS
-from parchgrad.options import METHODS, SEEDS
+from parchgrad.options import METHODS, SEEDS, WITHOUT_RULE
 from parchgrad.render import COLORMAPS, OVERLAYS, REDUCTION_OF_POLARITY
 from service.errors import STATUS, ServiceError
 
@@ -21,10 +22,16 @@ MAX_TOP = 20
 MAX_PASSES = 100  # steps or samples of one image: while it is waited for, the other maps wait
 MAX_TEXT = 1000  # characters of an option: options are held against the model on the event loop
 MAX_PARTS = 50  # patterns or classes in one
+MAX_CHANNELS = 16  # of a layer of /layers: a few MB of a network of fifty layers
+# As the library has them (parchgrad/layer_views.py, which needs torch).
+LAYER_METHODS = ("gradient", "input_x_gradient", "guided_backprop")
+LAYER_ORDERS = ("activation", "gradient", "table")
+MAP_METHODS = (*LAYER_METHODS, "grad_cam")  # of one pass, so that /attack's cost is its steps
+DEFAULT_LEVELS, DEFAULT_STRENGTH = 2, 0.5
 DEFAULT_TOP_K = 5
 
 # Options that take part in a map only under one method, or only under the rule: elsewhere they are refused, and an
-# answer does not carry them.
+# answer does not carry them. A method WITHOUT_RULE is never under it.
 METHOD_OF = {
     "steps": "integrated_gradients",
     "samples": "smoothgrad",
@@ -117,6 +124,25 @@ def _target(text: str) -> str:
     return text
 
 
+def _one_target(text: str) -> str:
+    if text.startswith("top:"):
+        raise ValueError
+    return text
+
+
+def _watermark() -> Kind:
+    """ASCII: the letters that the font surely has."""
+    pattern = r"[!-~]([ -~]*[!-~])?"
+
+    def parse(text: str) -> str:
+        if len(text) > MOST_TEXT or not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    schema = {"type": "string", "minLength": 1, "maxLength": MOST_TEXT, "pattern": f"^{pattern}$"}
+    return Kind(parse, schema, f"1 to {MOST_TEXT} printable ASCII characters, no space at the ends")
+
+
 def _globs(text: str) -> tuple[str, ...]:
     globs = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not all(globs) or len(globs) > MAX_PARTS:
@@ -193,11 +219,13 @@ _TARGET = (
     "a class index, name or id, predicted, or top:k with k an integer of at least 1, at most the number of classes, "
     f"and {MAX_TOP}"
 )
+_ONE_TARGET = "a class index, name or id, or predicted"
 _WHEN = (
     "always, or one or more of confidence<NUMBER, class:CLASS|CLASS and sample:NUMBER joined by ';', a CLASS being an "
     "index, name or id and a NUMBER in [0, 1]"
 )
 _LONGEST = "the longest deadline that the service gives"
+_WITHOUT_RULE = " or ".join(WITHOUT_RULE)
 
 # Options of one image: given once for all images, or once for each.
 OPTIONS = {
@@ -219,8 +247,8 @@ OPTIONS = {
             "always",
         ),
         Option("target", _text(_TARGET, _target), "Class to explain; 'top:k': the k most probable.", "predicted"),
-        Option("method", _one_of(*METHODS), "Attribution method.", "gradient"),
-        Option("rule", _boolean(), "false: the plain method, without ParchGrad.", True),
+        Option("method", _one_of(*METHODS), f"Attribution method; {_WITHOUT_RULE} has no rule.", "gradient"),
+        Option("rule", _boolean(), f"false: the plain method, without ParchGrad, as {_WITHOUT_RULE} always is.", True),
         Option(
             "quantile", _number(0, 1, above=True), "Share of each layer's channels to select; default: the table's."
         ),
@@ -238,7 +266,7 @@ OPTIONS = {
             "seed",
             _one_of(*SEEDS),
             "What is differentiated: the target's logit, or weighted by probability; 'evidence': the logit, its "
-            "gradient at the network's last map weighed by where the evidence is.",
+            f"gradient at the network's last map weighed by where the evidence is, not with method {_WITHOUT_RULE}.",
             "logit",
         ),
         Option("steps", _integer(1, MAX_PASSES), "Points of integrated_gradients.", 25),
@@ -264,6 +292,7 @@ OPTIONS = {
             "(overlay=mask_black: black).",
             False,
         ),
+        Option("opacity", _number(0, 1), "How much of all that lies over the image itself in pictures.", 1.0),
     )
 }
 
@@ -278,7 +307,7 @@ REQUEST_OPTIONS = {
     )
 }
 
-_DRAWING = ("colormap", "overlay", "clip_lower", "clip_upper", "outline")
+_DRAWING = ("colormap", "overlay", "clip_lower", "clip_upper", "outline", "opacity")
 _EXPLAIN = (
     "method", "rule", "quantile", "alpha", "gamma", "selection", "conserve", "layers", "normality_filter", "seed",
     "steps", "samples", "noise", "noise_seed",
@@ -294,6 +323,7 @@ class Drawing:
     clip_lower: float = 0.0
     clip_upper: float = 99.5
     outline: bool = False
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -316,26 +346,128 @@ class ImageOptions:
         return int(self.target.removeprefix("top:")) if self.target.startswith("top:") else None
 
 
+# What the class graph's routes take beside `version`: how much of a class is told.
+MAX_NODES, MAX_EDGES = 500, 2000
+MAX_SERVED = 100  # classes named of those that select a channel
+CLASS_GRAPH_OPTIONS = {
+    option.name: option
+    for option in (
+        Option("nodes", _integer(1, MAX_NODES), "Channels to tell of, each layer's most walked in turn.", 100),
+        Option("edges", _integer(0, MAX_EDGES), "Influences between them to tell of, the strongest.", 400),
+    )
+}
+
+# What GET /traffic takes beside `model` and `version`.
+TRAFFIC_OPTIONS = {
+    "class": Option("class", _text("an index, a name or an id"), "The class to show; without it all together."),
+    "span": Option("span", _one_of("hour", "day"), "How far back.", "hour"),
+}
+
+
 def take_model(fields: dict[str, list[str]]) -> tuple[str | None, str | None]:
     """Take `model` and `version` out of a request's fields; None where not given. Raises ServiceError."""
-    name, version = (_once(option, fields.pop(option.name, [])) for option in REQUEST_OPTIONS.values())
+    name, version = (once(option, fields.pop(option.name, [])) for option in REQUEST_OPTIONS.values())
     return name, version
 
 
-def _once(option: Option, texts: Sequence[str]) -> Any:
+def once(option: Option, texts: Sequence[str]) -> Any:
+    """The value of an option that may be given once; None where it is not. Raises ServiceError."""
     if len(texts) > 1:
         raise ServiceError("option_invalid", f"Option '{option.name}' is given {len(texts)} times; allowed: once.")
     return option.parse(texts[0]) if texts else None
 
 
+# Of /layers: one way forward and back of one image, and how much is shown of each layer.
+_OF_LAYERS = ("top_k", "timeout_ms", *(name for name in _EXPLAIN if name not in METHOD_OF))
+LAYER_OPTIONS = {
+    option.name: option
+    for option in (
+        Option("target", _text(_ONE_TARGET, _one_target), "Class to look at.", "predicted"),
+        *(OPTIONS[name] for name in _OF_LAYERS if name != "method"),
+        Option("method", _one_of(*LAYER_METHODS), "Attribution method whose way back is shown.", "gradient"),
+        Option("channels", _integer(1, MAX_CHANNELS), "Channels shown of each layer, half of them selected ones.", 8),
+        Option("order", _one_of(*LAYER_ORDERS), "What makes a channel one of the strongest.", "activation"),
+    )
+}
+
+
+def take_layers(fields: dict[str, list[str]]) -> tuple[int, str]:
+    """Take `channels` and `order` of /layers out of a request's fields. Raises ServiceError."""
+    channels, order = (LAYER_OPTIONS[name] for name in ("channels", "order"))
+    given = (once(option, fields.pop(option.name, [])) or option.default for option in (channels, order))
+    number, kind = given
+    return number, kind
+
+
+# Of /attack: what is done to the image, and how the maps before and after it are made, in one pass each.
+_OF_MAPS = (*(name for name in _OF_LAYERS if name != "method"), "polarity")
+_GOAL = "a class index, name or id, or any"
+ATTACK_OPTIONS = {
+    option.name: option
+    for option in (
+        Option("attack", _one_of(*KINDS), "What is done to the image.", "pgd"),
+        Option(
+            "strength",
+            _number(0, MOST_LEVELS),
+            f"How strongly. {' and '.join(GRADIENT_KINDS)}: the most a colour value may change, a whole number of "
+            f"levels of 255, default {DEFAULT_LEVELS}; the others: 0 to 1, default {DEFAULT_STRENGTH}.",
+        ),
+        Option(
+            "goal", _text(_GOAL, _one_target), "Class that fgsm and pgd lead to; any: away from the prediction.", "any"
+        ),
+        Option("attack_steps", _integer(1, MOST_STEPS), "Steps of pgd.", STEPS),
+        Option("attack_seed", _integer(0, 2**63 - 1), "Random seed of pgd's start and of noise.", 0),
+        Option("text", _watermark(), "What the watermark says.", TEXT),
+        Option("most", _integer(1, MAX_CHANNELS), "Channels named of each layer in each direction.", 6),
+        Option("method", _one_of(*MAP_METHODS), "Attribution method of the maps.", "gradient"),
+        *(OPTIONS[name] for name in _OF_MAPS),
+    )
+}
+_OF_KIND = {"goal": GRADIENT_KINDS, "attack_steps": ("pgd",), "attack_seed": ("pgd", "noise"), "text": ("watermark",)}
+
+
+@dataclass(frozen=True)
+class Attacking:
+    """What /attack is asked to do; `goal` is not held against the model, None for any other class."""
+
+    kind: str
+    strength: float
+    goal: str | None
+    steps: int
+    seed: int
+    text: str
+    most: int
+
+
+def take_attack(fields: dict[str, list[str]]) -> Attacking:
+    """Take what is done to the image out of a request's fields. Raises ServiceError."""
+    given = {
+        name: once(ATTACK_OPTIONS[name], fields.pop(name, []))
+        for name in ("attack", "strength", "goal", "attack_steps", "attack_seed", "text", "most")
+    }
+    kind = given["attack"] or ATTACK_OPTIONS["attack"].default
+    for name, kinds in _OF_KIND.items():
+        if given[name] is not None and kind not in kinds:
+            raise ServiceError("option_invalid", f"Option '{name}' is of {' and '.join(kinds)} only; attack is {kind}.")
+    said = {name: ATTACK_OPTIONS[name].default if value is None else value for name, value in given.items()}
+    usual = DEFAULT_LEVELS if kind in GRADIENT_KINDS else DEFAULT_STRENGTH
+    strength = usual if given["strength"] is None else given["strength"]
+    goal = None if said["goal"] == "any" else said["goal"]
+    return Attacking(kind, strength, goal, said["attack_steps"], said["attack_seed"], said["text"], said["most"])
+
+
 def options_of(route: str) -> list[Option]:
-    """The per-image options of `predict` or `explain`."""
+    """The per-image options of `predict` or `explain`, or those of `layers` or `attack`."""
+    if route == "layers":
+        return list(LAYER_OPTIONS.values())
+    if route == "attack":
+        return list(ATTACK_OPTIONS.values())
     return [option for option in OPTIONS.values() if route == "explain" or option.predict]
 
 
 def parse_options(fields: Mapping[str, Sequence[str]], images: int, route: str) -> list[ImageOptions]:
     """One ImageOptions for each of `images`; a field comes once, or once an image. Raises ServiceError."""
-    known = [option.name for option in options_of(route)]
+    known = {option.name: option for option in options_of(route)}
     for name in fields:
         if name not in known:
             raise ServiceError(
@@ -343,7 +475,7 @@ def parse_options(fields: Mapping[str, Sequence[str]], images: int, route: str) 
                 f"Field {name[:64]!r} is not an option of /{route}; its options are "
                 f"{', '.join([*known, *REQUEST_OPTIONS])}.",
             )
-    columns = {name: _column(OPTIONS[name], texts, images) for name, texts in fields.items()}
+    columns = {name: _column(known[name], texts, images) for name, texts in fields.items()}
     asked = [_of_image({name: column[i] for name, column in columns.items()}) for i in range(images)]
     _check_effects([one.explain for one in asked])
     return asked
@@ -358,10 +490,20 @@ def _check_effects(asked: Sequence[Mapping[str, Any]]) -> None:
             raise ServiceError(
                 "option_invalid", f"Option '{name}' is of {method} only; method is {', '.join(methods)}."
             )
-    if not any(one.get("rule", OPTIONS["rule"].default) for one in asked):
+    plain = all(method in WITHOUT_RULE for method in methods)
+    if plain and any(one.get("rule", False) for one in asked):
+        raise ServiceError("option_invalid", f"Option 'rule' is true; allowed: false with method {', '.join(methods)}.")
+    if not any(acts(one) for one in asked):
+        why = f"method={', '.join(methods)}" if plain else "rule=false"
         for name in OF_RULE:
             if name in given:
-                raise ServiceError("option_invalid", f"Option '{name}' has no effect with rule=false.")
+                raise ServiceError("option_invalid", f"Option '{name}' has no effect with {why}.")
+
+
+def acts(explain: Mapping[str, Any]) -> bool:
+    """Whether the rule acts under these of the library's options."""
+    method, rule = (explain.get(name, OPTIONS[name].default) for name in ("method", "rule"))
+    return bool(rule) and method not in WITHOUT_RULE
 
 
 def _column(option: Option, texts: Sequence[str], images: int) -> list[Any]:
@@ -581,6 +723,389 @@ class ModelListing(Answer):
 
     default: str | None = None
     models: list[ModelEntry]
+
+
+class MapStack(Answer):
+    """Maps of one size, `shape` (maps, height, width), side by side: each is its `scales` entry times its data.
+
+    `data` is base64 of integers of one byte, map by map and row by row; `int8` are signed.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: Literal["uint8", "int8"]
+    scales: list[float]
+    data: str
+
+
+class GradientShares(Answer):
+    """A part of the energy (sum of squares) of a layer's gradient: of the plain gradient's, without the rule anywhere;
+    of what arrives at the layer; of what its rule lets on."""
+
+    plain: float
+    before: float
+    after: float
+
+
+class LayerChannel(Answer):
+    """`feature`: mean of the convolution's rectified output; `deviations`: that, in the table's own; `rank` (0 is best)
+    and `log_p` (natural logarithm): the table's of the channel for the target; `factor`: the rule's. The gradient after
+    the rule is the factor times the one before it."""
+
+    index: int
+    selected: bool
+    feature: float
+    deviations: float | None = None
+    rank: int | None = None
+    log_p: float | None = None
+    factor: float
+    share: GradientShares
+
+
+class LayerRule(Answer):
+    """The rule in one layer: variances `m` of the selected channels' sum and `n` of the others' and their covariance
+    `k` over the positions, `a` and `b`, the factors of both sides (1 where it is the `identity`), and the standard
+    deviation of the sum of all channels before and after."""
+
+    m: float
+    n: float
+    k: float
+    a: float
+    b: float
+    selected_factor: float
+    unselected_factor: float
+    identity: bool
+    sd_before: float
+    sd_after: float
+
+
+class LayerAnswer(Answer):
+    """One call of a convolution (`call` of `calls`, from 0), its `shape` (channels, height, width).
+
+    `rule` is absent where it does not act. `energy`: the sums of squares themselves; `selected_share`: the selected
+    channels' part of them. `sums`: of the selected channels' gradient, the others', and all after the rule. `channels`
+    are the strongest, and `activation`, `plain` and `before` their maps in that order.
+    """
+
+    name: str
+    call: int
+    calls: int
+    kind: str
+    kernel: list[int]
+    stride: list[int]
+    groups: int
+    shape: list[int]
+    active: bool
+    selected: list[int]
+    rule: LayerRule | None = None
+    energy: GradientShares
+    selected_share: GradientShares
+    sums: MapStack
+    channels: list[LayerChannel]
+    activation: MapStack
+    plain: MapStack
+    before: MapStack
+
+
+class LayersAnswer(Answer):
+    """`options`: those in effect, as an explanation has them; `maps`: mean magnitude over colours of the gradient at
+    the image, without the rule and with it; `layers`: in the order in which they run."""
+
+    model: ModelIdentity
+    software: Software
+    request_id: str | None = None
+    image_sha256: str
+    predictions: list[Prediction]
+    target: Prediction
+    options: dict[str, Any]
+    order: str
+    identity_layers: int
+    transform: Transform | None = None
+    maps: MapStack
+    layers: list[LayerAnswer]
+
+
+class AttackSaid(Answer):
+    """What was done: `strength` in levels of 255 for fgsm and pgd, else 0 to 1; `goal` is absent for any class."""
+
+    kind: str
+    strength: float
+    goal: Prediction | None = None
+    steps: int | None = None
+    seed: int | None = None
+    text: str | None = None
+
+
+class AttackedClass(Answer):
+    """A class's probability before and after."""
+
+    index: int
+    label: str
+    before: float
+    after: float
+
+
+class MapMovement(Answer):
+    """How far a map moved: `agreement` is Spearman's rank correlation of the pixels, `overlap` that of the largest
+    tenth's places (intersection over union), `shift` of the centre of mass in diagonals; absent where there is none."""
+
+    agreement: float | None = None
+    overlap: float | None = None
+    shift: float | None = None
+
+
+class Perturbation(Answer):
+    """`png` shows 128 + `factor` x change, base64; `largest` and `mean` are of the change's magnitude, in levels."""
+
+    png: str
+    factor: int
+    largest: int
+    mean: float
+
+
+class AttackChannel(Answer):
+    """`before` and `after`: the channel's feature in standard deviations of the table's images."""
+
+    index: int
+    before: float
+    after: float
+    of_old: bool
+    of_new: bool
+
+
+class AttackLayer(Answer):
+    """`size`: root mean square of all `channels`' changes, in standard deviations; `of_old`, `of_new`, `of_both`: mean
+    change of those selected for the old class alone, the new alone, both; absent where there are none."""
+
+    name: str
+    channels: int
+    size: float
+    of_old: float | None = None
+    of_new: float | None = None
+    of_both: float | None = None
+    excited: list[AttackChannel]
+    inhibited: list[AttackChannel]
+
+
+class AttackAnswer(Answer):
+    """`old`: the class predicted of the image; `new`: the one predicted after, or the goal where that stayed the same.
+
+    `picture` and `attacked`: PNG in base64, what the model sees. `map_before` and `map_after` are of the old class,
+    `map_new` of the new one on the attacked picture; absent where the class has no row in the table, or the two are
+    one. `movement` is from `map_before` to `map_after`, `movement_to_new` from `map_before` to `map_new`.
+    """
+
+    model: ModelIdentity
+    software: Software
+    request_id: str | None = None
+    image_sha256: str
+    attack: AttackSaid
+    changed: bool
+    old: AttackedClass
+    new: AttackedClass
+    predictions: list[AttackedClass]
+    picture: str
+    attacked: str
+    perturbation: Perturbation
+    options: dict[str, Any]
+    map_before: SaliencyMap | None = None
+    map_after: SaliencyMap | None = None
+    map_new: SaliencyMap | None = None
+    movement: MapMovement | None = None
+    movement_to_new: MapMovement | None = None
+    layers: list[AttackLayer]
+    transform: Transform | None = None
+
+
+class PageState(Answer):
+    """What the page has to know first: whether a key is needed, and whether /attack answers."""
+
+    parchgrad: str
+    keys: bool
+    attacks: bool
+
+
+class SampleListing(Answer):
+    """File names of the pictures that come with a model's package."""
+
+    samples: list[str]
+
+
+class ClassGraphLayer(Answer):
+    """A layer, how many channels it has, and how many of them a class selects."""
+
+    name: str
+    channels: int
+    selected: int
+
+
+class ClassGraphPlace(Answer):
+    """A class, the images it was looked at with, and where it lies, x and y in [-1, 1]: near is similar."""
+
+    index: int
+    label: str
+    images: int
+    x: float
+    y: float
+
+
+class ClassGraphAnswer(ModelIdentity):
+    """Layers in the order of the network, the classes that have a row, how the graph was built.
+
+    `exemplars` (how many channels have crops, crops of each, their pixels, bytes in all) is absent where none are kept.
+    """
+
+    layers: list[ClassGraphLayer]
+    classes: list[ClassGraphPlace]
+    built: dict[str, Any]
+    exemplars: dict[str, int] | None = None
+
+
+class ClassGraphNode(Answer):
+    """A selected channel. `strength` 0..1: 1 is the class's strongest of that layer; `log_p`: the table's natural
+    logarithm of its p-value; `pagerank`: its share of the walks through the class's graph."""
+
+    layer: str
+    channel: int
+    strength: float
+    log_p: float
+    pagerank: float
+
+
+class ClassGraphEdge(Answer):
+    """`source` and `target`: places in `nodes`; `weight`: share of the target's activity that comes by the source."""
+
+    source: int
+    target: int
+    weight: float
+
+
+class ClassGraphClassAnswer(Answer):
+    """One class: nodes by layer, the strongest first, and the strongest edges between them."""
+
+    index: int
+    label: str
+    images: int
+    nodes: list[ClassGraphNode]
+    nodes_in_all: int
+    edges: list[ClassGraphEdge]
+    edges_in_all: int
+
+
+class ClassName(Answer):
+    index: int
+    label: str
+
+
+class ComparedLayer(Answer):
+    """Channels that both classes select, that `a` selects alone, that `b` selects alone."""
+
+    layer: str
+    shared: list[int]
+    only_a: list[int]
+    only_b: list[int]
+
+
+class ClassComparisonAnswer(Answer):
+    """All selected channels of two classes, layer by layer."""
+
+    a: ClassName
+    b: ClassName
+    layers: list[ComparedLayer]
+
+
+class ServedClass(ClassName):
+    """A class that selects a channel; `strength` and `log_p` as in ClassGraphNode."""
+
+    strength: float
+    log_p: float
+
+
+class ClassGraphChannelAnswer(Answer):
+    """One channel, the classes that select it, the strongest first, and how many crops there are of it."""
+
+    layer: str
+    channel: int
+    classes: list[ServedClass]
+    classes_in_all: int
+    exemplars: int
+
+
+class TrafficClass(Answer):
+    """A class's divergence in bits by layer, what chance makes of it, and what it stays below; null: too few images.
+
+    `index` is absent for all classes together.
+    """
+
+    index: int | None = None
+    label: str
+    images: int
+    reference: Literal["table's images", "normal", "mixed"]
+    divergence: list[float | None]
+    expected: list[float | None]
+    bound: list[float | None]
+
+
+class TrafficLayer(Answer):
+    """A layer's standardised activations by bin: counts of recent images', and shares of the reference's."""
+
+    name: str
+    values: int
+    live: list[int]
+    reference: list[float]
+
+
+class TrafficBucket(Answer):
+    """The chosen class in one piece of time; `start` in seconds since 1970. Layers as in `layers`."""
+
+    start: int
+    images: int
+    divergence: list[float | None]
+    bound: list[float | None]
+
+
+class TrafficFigureBucket(Answer):
+    """Of the maps of one piece of time; `quantiles` as in TrafficFigure."""
+
+    start: int
+    maps: int
+    quantiles: list[float]
+
+
+class TrafficFigure(Answer):
+    """A figure of the maps under the table's own options: its quantiles 0.05, 0.25, 0.5, 0.75, 0.95, if any."""
+
+    name: str
+    lowest: float
+    highest: float
+    maps: int
+    quantiles: list[float]
+    history: list[TrafficFigureBucket]
+
+
+class TrafficAnswer(ModelIdentity):
+    """What was lately seen: `classes` begins with all together, `distributions` and `history` are of `chosen`.
+
+    `note` says why no image is looked at, `no_activations` why no activation, `reference_note` why the table's class
+    graph is not the reference. `images_of_others`: of classes that are not kept apart, which count in all together.
+    """
+
+    span: Literal["hour", "day"]
+    bucket_seconds: int
+    watch_rate: float
+    workers: int
+    note: str | None = None
+    no_activations: str | None = None
+    reference_note: str | None = None
+    fewest_images: int
+    images: int
+    images_of_others: int
+    edges: list[float]
+    layers: list[str]
+    classes: list[TrafficClass]
+    chosen: TrafficClass
+    distributions: list[TrafficLayer]
+    history: list[TrafficBucket]
+    figures: list[TrafficFigure]
 
 
 class ModelAnswer(ModelIdentity):

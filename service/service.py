@@ -38,6 +38,7 @@ except SettingsError as error:
 connections.install(SETTINGS)
 logs.install(SETTINGS)
 APP = create_app()
+APP.state.needs_key = not ACCESS.open
 
 
 @bentoml.service(

@@ -114,6 +114,7 @@ class Settings:
     watch_classes: int = _within(
         10, 0, 1000, "classes of a version that metrics tell apart, the same in all workers; the rest are 'other'"
     )
+    attacks: bool = _switch(False, "answer POST /attack, and show the page's Attack view")
     grpc_port: int = _within(0, 0, 65535, "port of the Open Inference Protocol over gRPC; 0: it is off")
 
     def __post_init__(self) -> None:

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from parchgrad.errors import ModelError, TableError
 from service import memory
-from service.engine import Array, Computed, Job, Result, Room, Wanted, attempted, columns, within_memory
+from service.engine import (
+    PREDICTED,
+    Array,
+    Computed,
+    Explained,
+    Job,
+    Result,
+    Room,
+    Wanted,
+    attempted,
+    columns,
+    within_memory,
+)
 from service.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
+    from parchgrad.attacks.attack import Attack
+    from parchgrad.attacks.comparison import Attacked
+    from parchgrad.attacks.gradients import Attacker
     from parchgrad.drift import LayerDrift
+    from parchgrad.layer_views import NetworkView
     from parchgrad.options import Options
 
 log = logging.getLogger(__name__)
+
+LAYER_SIDE = 48  # positions along a map of /layers: 52 layers of 8 channels in less than 1.5 MB, half of it compressed
 
 
 class TorchEngine:
@@ -43,6 +62,8 @@ class TorchEngine:
         if self.explainer.dense_because is not None:
             log.info("Model %s/%s has the dense backward pass: %s", name, version, self.explainer.dense_because)
         self._look_for_last_map()
+        if settings.attacks:
+            self._prepare_attacks()
         self.runtime = f"torch {torch.__version__}"
         self._room = Room(settings.max_batch, settings.batch_pixels)
 
@@ -58,12 +79,66 @@ class TorchEngine:
     def no_drift(self) -> str | None:
         return None
 
+    @property
+    def no_network(self) -> str | None:
+        return None
+
     def drift(self, tensor: Array, target: int) -> Mapping[str, LayerDrift]:
         import torch
 
         image = torch.from_numpy(tensor)[None]
         (drift,) = within_memory(lambda: self.explainer.drift(image, [target]), 1, _release_cached_memory)
         return drift
+
+    def layers(self, tensor: Array, target: int, options: Options, channels: int, order: str) -> NetworkView:
+        import torch
+
+        from parchgrad.layer_views import layer_views
+
+        image = torch.from_numpy(tensor)
+
+        def look() -> NetworkView:
+            return layer_views(
+                self.explainer, image, target, options, channels=channels, order=order, most_side=LAYER_SIDE
+            )
+
+        return within_memory(look, 1, _release_cached_memory)
+
+    def attack(
+        self, tensor: Array, attack: Attack, options: Options, reduction: str, most: int, wanted: Callable[[], bool]
+    ) -> Attacked:
+        from parchgrad.attacks.comparison import attacked
+
+        def run() -> Attacked:
+            return attacked(
+                self.explainer,
+                self._attacker,
+                self.model.preprocessing,
+                self.model.preprocessing.restore(tensor),
+                attack,
+                reduction=reduction,
+                options=columns([Explained(PREDICTED, options, reduction)]),
+                most=most,
+                wanted=wanted,
+            )
+
+        return within_memory(run, 1, _release_cached_memory)
+
+    def _prepare_attacks(self) -> None:
+        """Here, that no request waits for captum's import."""
+        from parchgrad.attacks.gradients import require_captum
+        from parchgrad.errors import MissingPackageError
+
+        try:
+            require_captum()
+        except MissingPackageError as error:
+            log.warning("Model %s/%s: %s", self.model.name, self.model.version, error)
+
+    @cached_property
+    def _attacker(self) -> Attacker:
+        from parchgrad.attacks.gradients import Attacker
+
+        return Attacker(self.explainer.network, self.model.preprocessing)
 
     @property
     def layer_names(self) -> tuple[str, ...]:

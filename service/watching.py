@@ -2,8 +2,8 @@
 
 Of every image the class and confidence; of every map made with the rule its figures, once it is answered. Of a few
 images, drawn by lot and looked at after their answer where no other image waits: how far the map agrees with the plain
-gradient's, and how far the class's channels are from where the table's images had them. An answer is never changed by
-it, nor fails with it.
+gradient's, and how far the class's channels are from where the table's images had them. Both go to the metrics and, as
+counts, to the version's History. An answer is never changed by it, nor fails with it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ from service import metrics
 from service.class_labels import ClassLabels
 from service.engine import PREDICTED, Array, DeviceMemoryError, Explained, Job, Result, is_out_of_memory
 from service.repository import Served
+from service.traffic_history import History, forget
 
 if TYPE_CHECKING:
     from parchgrad.options import Options
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 REST = 0.05  # seconds: the answer is written and sent before its image is looked at
 MOST_PIXELS = 4_000_000  # of maps whose figures are not computed yet
 NO_MEMORY_REST = 60.0  # seconds that a version is not looked at once there was no memory for it
+SHARE_REST = 2.0  # seconds: so late the other workers know at most
 FARTHEST = 100.0  # deviations: what lies beyond counts as this, or one absurd tensor would decide every mean
 DEFAULT_REDUCTION = "mean_abs"
 
@@ -54,6 +57,7 @@ class _Version:
     rows: frozenset[int]  # classes that the table has a row for
     layer_names: tuple[str, ...]
     labels: ClassLabels
+    history: History
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Map:
     of: tuple[str, str, str]  # model, version, options
     result: Result
     layers: int  # that the rule was to act in
+    history: History | None  # None: its options are not the table's own
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,11 @@ class Watch:
         self._lot = random.Random()  # of its own, from the system's entropy: no caller can foresee it
         self._versions: WeakKeyDictionary[Served, _Version] = WeakKeyDictionary()
         self._labels: dict[tuple[str, str], ClassLabels] = {}  # outlive a reload: the set stays closed
+        self._histories: dict[tuple[str, str], History] = {}  # outlive a reload too
         self._task: asyncio.Task[str] | None = None
         self._maps: list[_Map] = []
         self._figures: asyncio.Task[None] | None = None
+        self._sharing: asyncio.Task[None] | None = None
         self._resting: WeakKeyDictionary[Served, float] = WeakKeyDictionary()  # until when, on the loop's clock
         self._told: set[str] = set()  # what the log has been told
 
@@ -105,10 +112,16 @@ class Watch:
 
     async def close(self) -> None:
         """Give up what is being looked at; the device ends the step it is in. What is kept of maps is forgotten."""
-        tasks = [task for task in (self._task, self._figures) if task is not None]
+        tasks = [task for task in (self._task, self._figures, self._sharing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if (folder := metrics.workers_folder()) is not None:
+            await asyncio.to_thread(forget, folder)
+
+    def history(self, served: Served) -> History:
+        """What was lately seen of a version in this worker."""
+        return self._version(served).history
 
     def _version(self, served: Served) -> _Version:
         known = self._versions.get(served)
@@ -128,8 +141,37 @@ class Watch:
                 rows=frozenset(engine.table.classes),
                 layer_names=tuple(engine.layer_names),
                 labels=labels,
+                history=self._history(served, match(engine.layer_names, default.layers)),
             )
         return known
+
+    def _history(self, served: Served, layers: Sequence[str]) -> History:
+        key = served.name, served.version
+        identity = f"{served.engine.model.weights_sha256} {served.engine.table.table_sha256}"
+        known = self._histories.get(key)
+        if known is None or known.identity != identity:
+            used = {id(version.history) for version in self._versions.values()}
+            kept = {of: one for of, one in self._histories.items() if id(one) in used or not one.over}
+            known = History(tuple(layers), self._classes, identity)
+            self._histories = kept | {key: known}
+        return known
+
+    def _share(self) -> None:
+        """Let the other workers know, a little later and all at once."""
+        folder = metrics.workers_folder()
+        if folder is not None and (self._sharing is None or self._sharing.done()):
+            work = self._shared(folder)
+            self._sharing = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+
+    async def _shared(self, folder: Path) -> None:
+        while todo := [(of, one) for of, one in self._histories.items() if one.changed]:
+            await asyncio.sleep(SHARE_REST)
+            try:
+                for (name, version), one in todo:
+                    await asyncio.to_thread(one.share, folder, f"{name}-{version}")
+            except OSError:
+                self._tell("traffic", "What was seen of the traffic could not be told to the other workers.")
+                return  # with the next image it is tried again
 
     def _count(self, served: Served, version: _Version, outcome: Outcome) -> None:
         probabilities = outcome.first.probabilities
@@ -154,6 +196,7 @@ class Watch:
             maps, self._maps = self._maps, []
             try:
                 await asyncio.to_thread(_observe_maps, maps)
+                self._share()
             except Exception:
                 self._tell("figures", "The figures of maps that were answered could not be observed.")
 
@@ -196,11 +239,13 @@ class Watch:
             if plain is not None and plain.saliency is not None:
                 alike = await asyncio.to_thread(agreement, image.saliency, plain.saliency)
                 _observe(metrics.map_gradient_agreement.labels(served.name, served.version), alike)
+                version.history.mapped({"gradient_agreement": alike})
                 done = True
         if engine.no_drift is not None:
             self._tell(f"drift {served.name}/{served.version}", f"No activation drift is watched: {engine.no_drift}")
         elif target in version.rows and not self._busy():
             drift = await served.on_map_lane(lambda: engine.drift(tensor, target))
+            version.history.looked(target, drift)
             for layer, one in drift.items():
                 labels = served.name, served.version, layer
                 _observe(metrics.activation_distance.labels(*labels), min(one.distance, FARTHEST))
@@ -210,6 +255,7 @@ class Watch:
                 labels = served.name, served.version, version.labels.of(target)
                 metrics.class_activation_distance.labels(*labels).observe(sum(distances) / len(distances))
             done = True
+        self._share()
         return "done" if done else "skipped"
 
     def _tell(self, what: str, message: str) -> None:
@@ -239,8 +285,9 @@ def _maps(served: Served, version: _Version, outcome: Outcome) -> list[_Map]:
     assert options is not None  # _has_map looked
     same = options.layers == version.default.layers
     layers = version.default_layers if same else len(match(version.layer_names, options.layers))
-    of = served.name, served.version, "default" if _is_default(version, outcome) else "other"
-    return [_Map(of, result, layers) for result in drawn]
+    default = _is_default(version, outcome)
+    of = served.name, served.version, "default" if default else "other"
+    return [_Map(of, result, layers, version.history if default else None) for result in drawn]
 
 
 def _drawn(version: _Version, outcome: Outcome) -> _Image:
@@ -268,7 +315,18 @@ def _observe_maps(maps: Sequence[_Map]) -> None:
         metrics.map_border_share.labels(*one.of).observe(figures.border_share)
         metrics.map_centroid.labels(*one.of, "x").observe(figures.x)
         metrics.map_centroid.labels(*one.of, "y").observe(figures.y)
-        metrics.map_identity_share.labels(*one.of).observe(one.result.identity_layers / one.layers)
+        identity_share = one.result.identity_layers / one.layers
+        metrics.map_identity_share.labels(*one.of).observe(identity_share)
+        if one.history is not None:
+            one.history.mapped(
+                {
+                    "gini": figures.gini,
+                    "border_share": figures.border_share,
+                    "centroid_x": figures.x,
+                    "centroid_y": figures.y,
+                    "identity_share": identity_share,
+                }
+            )
 
 
 def _observe(histogram: Histogram, value: float) -> None:

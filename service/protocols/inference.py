@@ -22,7 +22,7 @@ from service.errors import ServiceError
 from service.pipeline import Image, Origin, Outcome, Pipeline
 from service.protocols.open_inference import Array, InferRequest, InferResponse, Parameters, Tensor, check_listed
 from service.repository import Served
-from service.schemas import OPTIONS, Drawing, ImageOptions, parse_options
+from service.schemas import OPTIONS, Drawing, ImageOptions, acts, parse_options
 
 BASE64_PIECE = 1 << 20  # characters: the decoder holds the interpreter, and with it the event loop, for a piece
 
@@ -252,6 +252,9 @@ def _options(engine: Engine, request: InferRequest, images: int) -> list[ImageOp
     for name in ("layers", "rule", "alpha"):
         if name in texts:
             raise ServiceError("option_invalid", f"Option '{name}' has no effect where 'quantile' is given by layer.")
+    if not any(acts(one.explain) for one in asked):
+        method = ", ".join(dict.fromkeys(one.explain["method"] for one in asked))
+        raise ServiceError("option_invalid", f"Option 'quantile' has no effect with method={method}.")
     rows = request.inputs[QUANTILE.name].data
     if len(rows) != images:
         raise ServiceError("option_invalid", f"Input 'quantile' has {len(rows)} rows; allowed: one an image, {images}.")

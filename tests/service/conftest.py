@@ -32,7 +32,8 @@ class Home:
     def settings(self) -> dict[str, object]:
         return {
             "models_dir": self.root / "models", "tables_dir": self.root / "tables", "graphs_dir": self.root / "graphs",
-            "model": "tiny", "threads": 1, "drain_ms": 0, "watch_rate": 0,  # no chance in what a test counts
+            "model": "tiny", "threads": 1, "drain_ms": 0, "attacks": 1,
+            "watch_rate": 0,  # no chance in what a test counts
         }  # fmt: skip
 
     def explainer(self) -> parchgrad.Explainer:

@@ -208,6 +208,13 @@ def test_without_the_rule_its_options_took_no_part(engine: Engine, outcome: Make
     assert EFFECTIVE[method] | {"method", "seed", "polarity"} <= explanation.keys()
 
 
+def test_grad_cam_alone_is_without_the_rule_and_needs_no_row(engine: Engine, outcome: Make) -> None:
+    explanation = said(engine, outcome(method="grad_cam", target="9"))["results"][0]["explanation"]
+    assert explanation["status"] == "ok"
+    assert (explanation["method"], explanation["rule"], explanation["seed"]) == ("grad_cam", False, "logit")
+    assert not (OF_RULE | set().union(*EFFECTIVE.values())) & explanation.keys()
+
+
 def test_an_answer_is_enough_to_make_its_map_again(engine: Engine, outcome: Make) -> None:
     one = outcome(
         method="smoothgrad", samples="2", noise="0.1", noise_seed="7", gamma="3.3", quantile="0.2", saliency="float32"
@@ -355,7 +362,7 @@ def drawn(engine: Engine, outcome: Outcome, now: float = 0.0) -> np.ndarray:
         {"overlay": "none", "colormap": "viridis"},
         {"overlay": "grayscale", "clip_lower": "30", "clip_upper": "90"},
         {"overlay": "mask_black", "outline": "1"},
-        {"outline": "true", "colormap": "turbo", "clip_lower": "50"},
+        {"outline": "true", "colormap": "turbo", "clip_lower": "50", "opacity": "0.25"},
     ],
     ids=str,
 )
@@ -372,6 +379,7 @@ def test_a_picture_is_the_renderers_of_the_same_options(engine: Engine, outcome:
         clip_upper=float(texts.get("clip_upper", 99.5)),
         smooth=answers.SMOOTH * 80,
         outline="outline" in texts,
+        opacity=float(texts.get("opacity", 1)),
     )
     np.testing.assert_array_equal(drawn(engine, one), expected)
     assert drawing.outline == ("outline" in texts)

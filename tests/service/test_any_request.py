@@ -47,6 +47,7 @@ RIGHT = {
     "top_k": ("1", "10"),
     "timeout_ms": ("60000",),
     "outline": ("true", "false"),
+    "opacity": ("0", "0.5", "1"),
 }
 WRONG = (
     ("quantile", "0"), ("quantile", "nan"), ("gamma", "-1"), ("gamma", "1e999"), ("target", "nobody"),

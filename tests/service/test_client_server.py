@@ -185,9 +185,11 @@ def test_the_command_says_and_draws_the_same_by_a_service(
     "options",
     [
         ("--outline",),
+        ("--opacity", 0.5),
         ("--polarity", "positive"),
         ("--polarity", "negative"),
         ("--method", "smoothgrad", "--samples", 2),
+        ("--method", "grad_cam", "--outline"),
     ],
     ids=lambda options: options[-1],
 )

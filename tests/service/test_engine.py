@@ -80,7 +80,11 @@ def test_a_network_without_a_last_map_refuses_that_seed_before_there_is_a_batch(
     with pytest.raises(OptionError, match=r"'seed' is 'evidence'; allowed: .*; it has no map") as caught:
         refusing.options({"seed": "evidence"})
     assert (from_exception(caught.value).code, from_exception(caught.value).status) == ("option_invalid", 422)
+    with pytest.raises(OptionError, match=r"'method' is 'grad_cam'; allowed: gradient, .*backprop; it has no map"):
+        refusing.options({"method": "grad_cam"})
     assert refusing.options({"seed": "logit"}).seed == "logit"
+    with pytest.raises(OptionError, match=r"'seed' is 'evidence'; allowed: logit, .*_logit with method grad_cam"):
+        engine.options({"method": "grad_cam", "seed": "evidence"})
 
 
 @pytest.mark.parametrize("rule", ["shorter_side", "native"])

@@ -90,6 +90,7 @@ def test_a_job_that_nobody_waits_for_is_given_up(engine: OnnxEngine) -> None:
         ({"normality_filter": True}, "normality_filter"),
         ({"method": "guided_backprop"}, "method"),
         ({"method": "smoothgrad"}, "method"),
+        ({"method": "grad_cam"}, "method"),
         ({"conserve": "none"}, "conserve"),
         ({"seed": "probability_weighted_logit"}, "seed"),
         ({"seed": "evidence"}, "seed"),

@@ -52,7 +52,7 @@ def test_every_option_arrives_where_it_belongs() -> None:
         method="smoothgrad", rule="1", quantile="0.25", gamma="inf", selection="instance", conserve="exact",
         layers="features.*, fc", normality_filter="1", seed="logit", samples="7", noise="0.5",
         noise_seed="9223372036854775807", saliency="list", polarity="negative", colormap="viridis", overlay="none",
-        clip_lower="62", clip_upper="99.9", outline="true",
+        clip_lower="62", clip_upper="99.9", outline="true", opacity="0.5",
     )  # fmt: skip
     assert one == ImageOptions(
         explain={
@@ -60,7 +60,7 @@ def test_every_option_arrives_where_it_belongs() -> None:
             "conserve": "exact", "layers": ("features.*", "fc"), "normality_filter": True, "seed": "logit",
             "samples": 7, "noise": 0.5, "noise_seed": 2**63 - 1,
         },
-        drawing=Drawing("viridis", "none", 62.0, 99.9, True),
+        drawing=Drawing("viridis", "none", 62.0, 99.9, True, 0.5),
         target="tench", top_k=3, timeout_ms=100, explain_timeout_ms=50, saliency="list", polarity="negative",
     )  # fmt: skip
     assert parsed(alpha="0.05").explain == {"alpha": 0.05}
@@ -97,6 +97,12 @@ def test_one_value_is_for_all_and_one_each_is_for_each() -> None:
                 "layers": "*", "normality_filter": "false",
             }.items()
         ),
+        ({"method": ["grad_cam"], "rule": ["true"]}, "Option 'rule' is true; allowed: false with method grad_cam."),
+        ({"method": ["grad_cam"], "gamma": ["2"]}, "Option 'gamma' has no effect with method=grad_cam."),
+        (
+            {"method": ["grad_cam", "gradient"], "rule": ["false"], "layers": ["*"]},
+            "Option 'layers' has no effect with rule=false.",
+        ),
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_refused(fields: dict[str, list[str]], words: str) -> None:
@@ -110,11 +116,15 @@ def test_an_option_that_takes_part_in_one_images_map_may_be_given_for_all() -> N
         {"method": "smoothgrad", "samples": 5, "rule": False, "gamma": 2.0},
         {"method": "gradient", "samples": 5, "rule": True, "gamma": 2.0},
     ]
+    fields = {"method": ["grad_cam", "gradient"], "rule": ["true"], "gamma": ["2"]}
+    assert [one.explain["gamma"] for one in parse_options(fields, 2, "explain")] == [2.0, 2.0]
+    assert parsed(method="grad_cam", rule="false").explain == {"method": "grad_cam", "rule": False}
 
 
 def test_every_option_of_the_rule_and_of_a_method_is_the_librarys() -> None:
     known = set(library.Options.__dataclass_fields__)
     assert set(schemas.METHOD_OF.values()) < set(library.METHODS)
+    assert set(library.WITHOUT_RULE) < set(library.METHODS)
     # What is left takes part in every map.
     assert known - schemas.METHOD_OF.keys() - set(schemas.OF_RULE) == {"method", "rule", "seed"}
 
@@ -158,7 +168,7 @@ def test_explain_when_refuses(text: str) -> None:
     ("fields", "code", "words"),
     [
         ({"quantil": ["0.1"]}, "unknown_field", "'quantil' is not an option of /explain; its options are top_k,"),
-        ({"quantil": ["0.1"]}, "unknown_field", "outline, model, version."),
+        ({"quantil": ["0.1"]}, "unknown_field", "opacity, model, version."),
         ({"quantile": ["a lot"]}, "option_invalid", "Option 'quantile' is 'a lot'; allowed: a number in (0, 1]."),
         ({"quantile": ["0"]}, "option_invalid", "Option 'quantile' is '0'; allowed: a number in (0, 1]."),
         ({"alpha": ["1.01"]}, "option_invalid", "Option 'alpha' is '1.01'; allowed: a number in (0, 1]."),
@@ -184,6 +194,7 @@ def test_explain_when_refuses(text: str) -> None:
         ({"colormap": ["Inferno"]}, "option_invalid", "allowed: inferno, magma,"),
         ({"polarity": ["up"]}, "option_invalid", "allowed: positive, negative, both."),
         ({"outline": ["yes"]}, "option_invalid", "Option 'outline' is 'yes'; allowed: true, false, 1 or 0."),
+        ({"opacity": ["1.5"]}, "option_invalid", "Option 'opacity' is '1.5'; allowed: a number in [0, 1]."),
         ({"rule": ["True"]}, "option_invalid", "allowed: true, false, 1 or 0."),
         ({"clip_upper": ["101"]}, "option_invalid", "allowed: a number in [0, 100]."),
         ({"clip_lower": ["99.9"]}, "option_invalid", "'clip_lower' is 99.9; allowed: less than clip_upper, 99.5."),
@@ -321,7 +332,7 @@ def test_the_library_takes_every_bound_that_an_option_takes() -> None:
 def test_defaults_are_those_of_the_library_and_of_the_dataclasses() -> None:
     for name in ("method", "rule", "seed", "steps", "samples", "noise", "noise_seed"):
         assert OPTIONS[name].default == getattr(library.Options(), name), name
-    for name in ("colormap", "overlay", "clip_lower", "clip_upper", "outline"):
+    for name in ("colormap", "overlay", "clip_lower", "clip_upper", "outline", "opacity"):
         assert OPTIONS[name].default == getattr(Drawing(), name), name
     for name in ("target", "saliency", "polarity"):
         assert OPTIONS[name].default == getattr(ImageOptions(), name), name

@@ -221,7 +221,7 @@ def test_an_unloaded_default_is_no_failure_of_another_model(shelf: Shelf) -> Non
     ],
 )
 def test_callers_are_told_no_absolute_path(text: str, told: str) -> None:
-    assert repository._without_folders(text, (Path("/models"), Path("/srv/models/tables"))) == told
+    assert repository.without_folders(text, (Path("/models"), Path("/srv/models/tables"))) == told
 
 
 # --- parchgrad serve -------------------------------------------------------------------------------------------

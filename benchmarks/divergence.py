@@ -1,0 +1,71 @@
+"""Divergence of activations, on clean images and under the faults of watch.py: in how many layers it is beyond chance.
+
+The counts of the clean first half are the reference. Of each condition 20 images, 60 and all are compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import parchgrad
+from benchmarks.watch import BATCH, ROOT, Picture, conditions, normalised, photographs, scenes
+from parchgrad.activation_histograms import chance, counts, divergence
+
+SIZES = (20, 60)
+
+
+def histograms(explainer: parchgrad.Explainer, pictures: Sequence[Picture]) -> NDArray[np.int64]:
+    """`(images, layers, BINS)`, each image in the likeliest class that has a row."""
+    assert isinstance(explainer.model, parchgrad.Model)
+    tensors = [normalised(picture, explainer.model.preprocessing) for picture in pictures]
+    found = []
+    for start in range(0, len(tensors), BATCH):
+        images = torch.stack(tensors[start : start + BATCH])
+        without = explainer.table.row_of_class < 0
+        classes = explainer.predict(images).masked_fill(without, -torch.inf).argmax(dim=1)
+        found += [[counts(layer.z) for layer in drift.values()] for drift in explainer.drift(images, classes)]
+    return np.array(found)
+
+
+def beside(seen: NDArray[np.int64], reference: NDArray[np.int64]) -> str:
+    """Layers beyond chance, and the median over the layers of the divergence and of its mean by chance, in bits."""
+    total, squares = seen.sum(0), (seen**2).sum(0)
+    bits = divergence(total, reference)
+    by_chance = chance(total, squares, np.full(len(total), len(seen)), reference)
+    beyond = int((bits > by_chance.bound).sum())
+    return f"{beyond} ({np.median(bits):.3f}; {np.median(by_chance.expected):.3f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser.add_argument("--tables-dir", type=Path, default=ROOT / "selection_tables")
+    parser.add_argument("--model", default="scenes")
+    parser.add_argument("--pictures", type=Path, help="photographs in folders by class; default: generated scenes")
+    parser.add_argument("--images", type=int, default=300, help="in both halves together")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    model = parchgrad.load_model(given.models_dir / given.model)
+    explainer = parchgrad.Explainer(model, parchgrad.load_table(given.tables_dir / given.model, model), device="cpu")
+    if given.pictures is None:
+        samples = scenes(model.preprocessing, given.images)
+    else:
+        samples = photographs(given.pictures, model.preprocessing, given.images)
+    first, others = conditions(samples)
+    reference = histograms(explainer, first).sum(0)
+    print(f"{given.model}: {len(reference)} layers, {len(first)} images in the clean half")
+    print(f"| images | {' | '.join(map(str, SIZES))} | all |\n| --- |{' --- |' * (len(SIZES) + 1)}")
+    for name, pictures in others.items():
+        seen = histograms(explainer, pictures)
+        cells = [beside(seen[:size], reference) if size <= len(seen) else "" for size in (*SIZES, len(seen))]
+        print(f"| {name} ({len(seen)}) | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
