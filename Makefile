@@ -7,7 +7,7 @@ READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test bench soak fuzz lint model figures lock container container-test secrets dashboards clean
+.PHONY: help install demo serve screenshots test bench soak fuzz lint model figures lock container container-test secrets dashboards clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,8 +26,12 @@ demo: $(READY)  ## serve the bundled model, explain sample pictures over HTTP, w
 	$(BIN)/python -m scenes.demo --out out
 
 serve: $(READY)  ## serve the bundled model on PORT (3000)
+	@echo "The page: http://127.0.0.1:$(PORT)/"
 	@echo "Try: curl -s -H 'Accept: image/png' -F image=@out/scene_9.png http://127.0.0.1:$(PORT)/explain -o map.png"
 	$(BIN)/parchgrad serve --port $(PORT)
+
+screenshots: $(READY)  ## pictures of the page's views at three widths, in light and dark, written to out/screenshots; needs chromium
+	$(BIN)/python -m tests.page.screenshots --out out/screenshots
 
 test: $(READY) lint  ## lint, type-check and run the whole test suite, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -50,6 +54,7 @@ lint: $(READY)
 model: $(READY)  ## train the bundled model again and build its selection table
 	$(BIN)/python -m scenes.train
 	$(BIN)/python -m scenes.table
+	$(BIN)/python -m scenes.samples
 
 figures: $(READY)  ## print the figures of docs/figures.md
 	$(BIN)/python -m scenes.evaluate
