@@ -9,6 +9,7 @@ import base64
 import math
 import threading
 import time
+from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ from parchgrad.render import REDUCTION_OF_POLARITY
 from service import metrics, tracing
 from service.answers import JSON, accepted, effective_options, identity, software, transform_of
 from service.batching import DeadlineError
-from service.body import Upload, read_upload
+from service.body import Upload
 from service.engine import Array, Engine, Result
 from service.errors import ServiceError
-from service.native import origin, while_connected
+from service.native import of_upload, origin
 from service.pipeline import Origin, Outcome, Pipeline, Prepared, best, class_index
 from service.repository import Served
 from service.schemas import (
@@ -44,7 +45,6 @@ from service.schemas import (
     SaliencyMap,
     parse_options,
     take_attack,
-    take_model,
 )
 from service.settings import PREFIX
 
@@ -62,15 +62,11 @@ async def attack(request: HttpRequest) -> Response:
         raise ServiceError("attack_off", f"Attacks are off here; {PREFIX}ATTACKS=true turns them on.")
     if accepted(",".join(request.headers.getlist("accept"))) != JSON:
         raise ServiceError("not_acceptable", f"/attack answers {JSON}.")
-    pipeline.repository.require_any()  # before the body is read: it may be long
-    with pipeline.bodies.share() as share:
-        upload = await read_upload(request, pipeline.settings, share)
-        try:
-            name, version = take_model(upload.fields)
-            with pipeline.repository.use(name, version) as served:
-                content = await while_connected(request, _attacked(pipeline, served, upload, arrival, origin(request)))
-        finally:
-            upload.close()
+
+    def work(pipeline: Pipeline, served: Served, upload: Upload) -> Coroutine[Any, Any, bytes]:
+        return _attacked(pipeline, served, upload, arrival, origin(request))
+
+    content = await of_upload(request, work)
     return Response(content, media_type=JSON)
 
 

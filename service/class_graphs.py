@@ -21,10 +21,11 @@ from starlette.routing import Route
 
 from parchgrad import class_graph
 from parchgrad.class_graph import ClassGraph
+from parchgrad.class_graph.graph import MANIFEST_FILE
 from parchgrad.errors import ClassGraphError, NoClassGraphError
 from service.answers import JSON, identity
 from service.errors import ServiceError
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, class_index
 from service.repository import Served, without_folders
 from service.schemas import (
     CLASS_GRAPH_OPTIONS,
@@ -47,7 +48,6 @@ from service.settings import Settings
 
 T = TypeVar("T")
 
-MANIFEST = "class_graph.json"
 Stamp = tuple[int, int, int]  # of the graph's manifest: what it is that was opened
 Opened = tuple[Stamp, asyncio.Future[ClassGraph]]
 
@@ -55,10 +55,10 @@ Opened = tuple[Stamp, asyncio.Future[ClassGraph]]
 _opened: WeakKeyDictionary[Served, Opened] = WeakKeyDictionary()
 
 
-async def graph_of(settings: Settings, served: Served) -> ClassGraph:
+async def opened(settings: Settings, served: Served) -> ClassGraph:
     """The class graph of a version, opened once and again when it was built anew.
 
-    Raises ServiceError(no_class_graph) where there is none that belongs to what serves, and says why.
+    Raises NoClassGraphError where there is none, ClassGraphError where it does not belong to what serves.
     """
     folder = settings.tables_dir / served.name / served.version
     stamp = await asyncio.to_thread(_stamp, folder)
@@ -68,16 +68,20 @@ async def graph_of(settings: Settings, served: Served) -> ClassGraph:
         _opened[served] = known
     try:
         return await asyncio.shield(known[1])  # whoever goes away leaves the others their graph
-    except NoClassGraphError:
-        _forget(served, known)
-        raise ServiceError(
-            "no_class_graph",
-            f"Model '{served.name}' version {served.version} has no class graph; build one: {command(served)}.",
-        ) from None
-    except ClassGraphError as error:
+    except ClassGraphError:
         _forget(served, known)  # asked again, it is looked at again: it may have been put right
-        why = without_folders(str(error), (settings.tables_dir, settings.models_dir))
-        raise ServiceError("no_class_graph", f"{why} Build it: {command(served)}.") from None
+        raise
+
+
+async def graph_of(settings: Settings, served: Served) -> ClassGraph:
+    """Raises ServiceError(no_class_graph) where there is none that belongs to what serves, and says why."""
+    try:
+        return await opened(settings, served)
+    except NoClassGraphError:
+        why = f"Model '{served.name}' version {served.version} has no class graph; build one: {command(served)}."
+    except ClassGraphError as error:
+        why = without_folders(str(error), (settings.tables_dir, settings.models_dir)) + f" Build it: {command(served)}."
+    raise ServiceError("no_class_graph", why)
 
 
 def _forget(served: Served, known: Opened) -> None:
@@ -91,7 +95,7 @@ def command(served: Served) -> str:
 
 def _stamp(folder: Path) -> Stamp:
     try:
-        found = (folder / MANIFEST).stat()
+        found = (folder / MANIFEST_FILE).stat()
     except OSError:
         return (0, 0, 0)
     return found.st_ino, found.st_mtime_ns, found.st_size
@@ -115,7 +119,7 @@ async def summary(request: Request) -> Response:
 
 async def one_class(request: Request) -> Response:
     def work(served: Served, graph: ClassGraph, given: Mapping[str, int]) -> Answer:
-        index = served.engine.model.class_index(_class(request.path_params["index"]))
+        index = class_index(served.engine.model, request.path_params["index"], "'class' is")
         found = graph.class_view(index, given["nodes"])
         place = {(node.layer, node.channel): at for at, node in enumerate(found.nodes)}
         return ClassGraphClassAnswer(
@@ -147,8 +151,8 @@ async def comparison(request: Request) -> Response:
     """All selected channels of two classes, not only the drawn ones."""
 
     def work(served: Served, graph: ClassGraph, given: Mapping[str, int]) -> Answer:
-        names = (_class(request.path_params[name]) for name in ("index", "other"))
-        a, b = (served.engine.model.class_index(name) for name in names)
+        names = (request.path_params[name] for name in ("index", "other"))
+        a, b = (class_index(served.engine.model, name, "'class' is") for name in names)
         layers = [
             ComparedLayer(layer=one.layer, shared=list(one.shared), only_a=list(one.only_a), only_b=list(one.only_b))
             for one in graph.compare(a, b)
@@ -235,10 +239,6 @@ def _fields(request: Request, options: Mapping[str, Option]) -> tuple[str | None
     return take_model(fields)[1], {
         name: options[name].default if value is None else value for name, value in given.items()
     }
-
-
-def _class(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else text
 
 
 def _number(request: Request) -> int:

@@ -7,7 +7,7 @@ dense engine, whose every layer is computed, and it is no explanation: a map has
 import asyncio
 import base64
 import gzip
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from starlette.routing import Route
 from parchgrad.errors import UnsupportedModelError
 from service import metrics, tracing
 from service.answers import JSON, accepted, effective_options, identity, predictions_of, software, transform_of
-from service.body import Upload, read_upload
+from service.body import Upload
 from service.engine import Array, Engine, Result
 from service.errors import ServiceError
-from service.native import origin, while_connected
+from service.native import of_upload, origin
 from service.pipeline import Origin, Outcome, Pipeline, Prepared
 from service.repository import Served
 from service.schemas import (
@@ -34,7 +34,6 @@ from service.schemas import (
     Prediction,
     parse_options,
     take_layers,
-    take_model,
 )
 
 if TYPE_CHECKING:
@@ -49,16 +48,11 @@ async def layers(request: HttpRequest) -> Response:
     metrics.asked("explain")
     if accepted(",".join(request.headers.getlist("accept"))) != JSON:
         raise ServiceError("not_acceptable", f"/layers answers {JSON}.")
-    pipeline: Pipeline = request.app.state.pipeline
-    pipeline.repository.require_any()  # before the body is read: it may be long
-    with pipeline.bodies.share() as share:
-        upload = await read_upload(request, pipeline.settings, share)
-        try:
-            name, version = take_model(upload.fields)
-            with pipeline.repository.use(name, version) as served:
-                content = await while_connected(request, _looked(pipeline, served, upload, arrival, origin(request)))
-        finally:
-            upload.close()
+
+    def work(pipeline: Pipeline, served: Served, upload: Upload) -> Coroutine[Any, Any, bytes]:
+        return _looked(pipeline, served, upload, arrival, origin(request))
+
+    content = await of_upload(request, work)
     if "gzip" in request.headers.get("accept-encoding", ""):
         content = await asyncio.to_thread(gzip.compress, content, COMPRESSION)
         return Response(content, headers={"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}, media_type=JSON)

@@ -367,5 +367,10 @@ def forget_dead_workers() -> None:
     folder = workers_folder()
     for file in folder.glob("gauge_live*_*.db") if folder else ():
         owner = re.search(r"_(\d+)\.db$", file.name)
-        if owner and not Path("/proc", owner[1]).exists() and Path("/proc").exists():
+        if owner and is_gone(owner[1]):
             file.unlink(missing_ok=True)
+
+
+def is_gone(pid: str) -> bool:
+    """Whether a worker has ended; False where that cannot be told."""
+    return Path("/proc").exists() and not Path("/proc", pid).exists()

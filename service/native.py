@@ -1,7 +1,7 @@
 """The native routes: POST /predict, POST /explain, GET /models, GET /models/{name}, /metrics."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -42,6 +42,15 @@ async def _answer(request: Request, *, explain: bool) -> Response:
     media_type = accepted(",".join(request.headers.getlist("accept")))
     if media_type == PNG and not explain:
         raise ServiceError("not_acceptable", "/predict has no picture to answer with; use /explain.")
+
+    def work(pipeline: Pipeline, served: Served, upload: Upload) -> Coroutine[Any, Any, bytes]:
+        return _computed(pipeline, served, upload, media_type, explain, arrival, origin(request))
+
+    return Response(await of_upload(request, work), media_type=media_type)
+
+
+async def of_upload(request: Request, work: Callable[[Pipeline, Served, Upload], Coroutine[Any, Any, T]]) -> T:
+    """What `work` makes of a request's images and options, with the version they name; it ends with the connection."""
     pipeline: Pipeline = request.app.state.pipeline
     pipeline.repository.require_any()  # before the body is read: it may be long
     with pipeline.bodies.share() as share:
@@ -49,11 +58,9 @@ async def _answer(request: Request, *, explain: bool) -> Response:
         try:
             name, version = take_model(upload.fields)
             with pipeline.repository.use(name, version) as served:
-                work = _computed(pipeline, served, upload, media_type, explain, arrival, origin(request))
-                content = await while_connected(request, work)
+                return await while_connected(request, work(pipeline, served, upload))
         finally:
             upload.close()
-    return Response(content, media_type=media_type)
 
 
 async def _computed(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from parchgrad.activation_histograms import BINS, EDGES, FEWEST_IMAGES, chance, divergence, normal
+from parchgrad.activation_histograms import EDGES, FEWEST_IMAGES, chance, divergence, normal
 from parchgrad.errors import ClassGraphError, NoClassGraphError, UncoveredTargetError
-from service import metrics
+from service import class_graphs, metrics
 from service.answers import JSON, identity
 from service.errors import ServiceError
 from service.pipeline import Pipeline
@@ -68,33 +68,40 @@ class Reference:
         assert self.graph is not None  # its callers looked
         return [self.graph.layers.index(name) for name in self.layers]
 
-    def of(self, index: int) -> tuple[Array, bool]:
-        """`(L, BINS)`, and whether they are counts of the table's own images."""
-        if self.graph is not None and index in self.graph.classes:
-            found = np.asarray(self.graph.reference_counts(index), np.float64)[self._places]
-            if (found.sum(-1) > 0).all():
-                return found, True
-        return np.tile(normal(), (len(self.layers), 1)), False
+    def of(self, index: int) -> tuple[Array, NDArray[np.bool_]]:
+        """`(L, BINS)`, and whether they are counts of the table's own images, `(L,)`."""
+        shares = np.tile(normal(), (len(self.layers), 1))
+        if self.graph is None or index not in self.graph.classes:
+            return shares, np.zeros(len(self.layers), bool)
+        found = np.asarray(self.graph.reference_counts(index), np.float64)[self._places]
+        counted = found.sum(-1) > 0
+        return np.where(counted[:, None], found, shares), counted
 
     def mixed(self, images: Mapping[int, int]) -> tuple[Array, Kind]:
-        """Of several classes' images together, as many of each: shares, times as many values as they are good for."""
+        """Of several classes' images together, as many values of each: shares, times as many as they are good for.
+
+        An image of one class may have more values in a layer than one of another, as more channels are selected for
+        it; one of a class without counts is taken to have as many as the others on average.
+        """
         if self.graph is None:
             return np.tile(normal(), (len(self.layers), 1)), "normal"
-        total, of_tables = sum(images.values()), set()
-        shares = np.zeros((len(self.layers), BINS))
-        uncertainty = np.zeros((len(self.layers), 1))
-        for index, count in images.items():
-            found, counted = self.of(index)
-            values = found.sum(-1, keepdims=True)
-            shares += count / total * found / values
-            uncertainty += (count / total) ** 2 / values if counted else 0.0
-            of_tables.add(counted)
-        kind: Kind = "mixed" if len(of_tables) > 1 else "table's images" if True in of_tables else "normal"
-        with np.errstate(divide="ignore"):
+        each_of = [self.of(index) for index in images]
+        rows, has = np.array([found for found, _ in each_of]), np.array([counted for _, counted in each_of])
+        total = rows.sum(-1)  # (classes, L)
+        behind = [self.graph.images(index) if index in self.graph.classes else 1 for index in images]
+        values = np.where(has, total / np.maximum(behind, 1)[:, None], 0.0)  # that one image has
+        usual = values.sum(0) / np.maximum(has.sum(0), 1)
+        values = np.where(has, values, np.where(usual > 0, usual, 1.0))
+        weights = np.array(list(images.values()))[:, None] * values
+        share = weights / weights.sum(0)
+        shares = (share[..., None] * rows / total[..., None]).sum(0)
+        uncertainty = np.where(has, share**2 / total, 0.0).sum(0)[:, None]
+        kind: Kind = "table's images" if has.all() else "mixed" if has.any() else "normal"
+        with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(uncertainty > 0, shares / uncertainty, shares), kind
 
 
-_references: WeakKeyDictionary[Served, Reference] = WeakKeyDictionary()
+_told: WeakSet[Served] = WeakSet()  # whose unusable graph the log has been told of
 
 
 async def traffic(request: Request) -> Response:
@@ -114,36 +121,32 @@ async def traffic(request: Request) -> Response:
                 "channels are watched."
             )
         history = pipeline.watch.history(served)
-        answer = await asyncio.to_thread(_answer, pipeline, served, history, chosen, asked["span"] or "hour")
+        reference = await _reference(pipeline, served, history.layers)
+        answer = await asyncio.to_thread(_answer, pipeline, served, history, reference, chosen, asked["span"] or "hour")
     return Response(answer.model_dump_json(exclude_none=True), media_type=JSON, headers={"Cache-Control": "no-store"})
 
 
-def _reference(pipeline: Pipeline, served: Served, layers: tuple[str, ...]) -> Reference:
-    """Read once a version. A graph that cannot be read is said in the answer, and the normal is the reference."""
-    known = _references.get(served)
-    if known is None:
-        from parchgrad import class_graph
-
-        folder = pipeline.settings.tables_dir / served.name / served.version
-        try:
-            graph = class_graph.load(folder, served.engine.table)
-        except NoClassGraphError:
-            known = Reference(layers, None)
-        except ClassGraphError as error:
+async def _reference(pipeline: Pipeline, served: Served, layers: tuple[str, ...]) -> Reference:
+    """A graph that cannot be used is said in the answer, and the normal is the reference."""
+    try:
+        graph = await class_graphs.opened(pipeline.settings, served)
+    except NoClassGraphError:
+        return Reference(layers, None)
+    except ClassGraphError as error:
+        if served not in _told:
+            _told.add(served)
             log.warning("The class graph of '%s' is not used: %s", served.name, error)
-            known = Reference(layers, None, "There is a class graph that cannot be used; the log says why.")
-        else:
-            same = np.array_equal(graph.reference_edges, EDGES) and set(layers) <= set(graph.layers)
-            note = None if same else "The class graph has other layers or bins than are watched; build it again."
-            known = Reference(layers, graph if same else None, note)
-        _references[served] = known
-    return known
+        return Reference(layers, None, "There is a class graph that cannot be used; the log says why.")
+    if np.array_equal(graph.reference_edges, EDGES) and set(layers) <= set(graph.layers):
+        return Reference(layers, graph)
+    return Reference(layers, None, "The class graph has other layers or bins than are watched; build it again.")
 
 
-def _answer(pipeline: Pipeline, served: Served, history: History, chosen: int | None, span: Any) -> TrafficAnswer:
+def _answer(
+    pipeline: Pipeline, served: Served, history: History, reference: Reference, chosen: int | None, span: Any
+) -> TrafficAnswer:
     settings, engine, layers = pipeline.settings, served.engine, history.layers
     buckets, workers = history.together(span, metrics.workers_folder(), f"{served.name}-{served.version}")
-    reference = _reference(pipeline, served, layers)
     whole = Bucket()
     for bucket in buckets.values():
         whole.add(bucket, len(layers))

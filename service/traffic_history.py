@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parchgrad.activation_histograms import BINS, counts
+from service.metrics import is_gone
 
 if TYPE_CHECKING:
     from parchgrad.drift import LayerDrift
@@ -202,10 +203,13 @@ class History:
                 if number in merged:
                     merged[number].add(bucket, layers)
         workers = {self._pid}
+        for part in folder.glob("traffic-*.part") if folder else ():  # of one that was killed while it wrote
+            if is_gone(part.name.split("-")[1]):
+                part.unlink(missing_ok=True)
         for path, found in _files(folder, of) if folder else ():
             if found["pid"] == self._pid:
                 continue
-            if not Path("/proc", found["pid"]).exists():
+            if is_gone(found["pid"]):
                 path.unlink(missing_ok=True)
                 continue
             workers.add(found["pid"])
@@ -255,19 +259,22 @@ def _packed(bucket: Bucket, identity: str) -> dict[str, Any]:
 
 
 def _unpacked(path: Path, identity: str, layers: int) -> Bucket | None:
-    """None where it is of another model or table under the same name: the workers are being changed one by one."""
+    """None where it is of another model or table under the same name, or of another form: the workers, or the service
+    itself, are being changed one by one."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        if str(found["identity"]) != identity or (
+            len(found["classes"]) and found["counts"].shape[1:] != (layers, BINS)
+        ):
+            return None
+        bucket = Bucket()
+        for index, own, squares in zip(found["classes"].tolist(), found["counts"], found["squares"], strict=True):
+            bucket.cells[index] = Cell(own, squares)
+        for index, of, images in found["images"].tolist():
+            bucket.cells[index].images[of] += images
+        bucket.figures = dict(zip(json.loads(str(found["figures"])), found["values"], strict=True))
+    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error):
         log.warning("A worker's file of traffic, %s, cannot be read and is left out.", path.name)
         return None
-    if str(found["identity"]) != identity or (len(found["classes"]) and found["counts"].shape[1] != layers):
-        return None
-    bucket = Bucket()
-    for index, own, squares in zip(found["classes"].tolist(), found["counts"], found["squares"], strict=True):
-        bucket.cells[index] = Cell(own, squares)
-    for index, of, images in found["images"].tolist():
-        bucket.cells[index].images[of] += images
-    bucket.figures = dict(zip(json.loads(str(found["figures"])), found["values"], strict=True))
     return bucket

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parchgrad.attacks.attack import GRADIENT_KINDS, Attack
+from parchgrad.attacks.attack import Attack
 from parchgrad.attacks.corruptions import Picture, corrupted
 from parchgrad.errors import AbandonedError, ModelError, OptionError, missing_package
 from parchgrad.preprocessing import Preprocessing
@@ -54,7 +54,7 @@ class Attacker:
         step = self._step(sought, attack.goal is not None, wanted)
         centre = self._pixels(picture)
         radius = attack.strength / 255
-        if attack.kind == GRADIENT_KINDS[0]:
+        if attack.kind == "fgsm":
             return _levels(step(centre, radius))
         low, high = (centre - radius).clamp(min=0), (centre + radius).clamp(max=1)
         # captum's own PGD is this loop with a start drawn from torch's global generator, and no end but the last.

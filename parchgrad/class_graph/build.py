@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import parchgrad
 from parchgrad import activation_histograms
 from parchgrad.build import note_of
-from parchgrad.class_graph.exemplars import Exemplars, cut
+from parchgrad.class_graph.exemplars import MOST_STRIP_PIXELS, Exemplars, cut, require_room
 from parchgrad.class_graph.graph import (
     EXEMPLAR_COUNT,
     EXEMPLAR_FIELD,
@@ -60,6 +60,12 @@ class Options:
                 raise OptionError(name, getattr(self, name), "a number of at least 1")
         if not 0 <= self.exemplars <= 100:
             raise OptionError("exemplars", self.exemplars, "0 to 100")
+        if self.exemplars * self.crop_pixels > MOST_STRIP_PIXELS:
+            raise OptionError(
+                "exemplars, crop_pixels",
+                (self.exemplars, self.crop_pixels),
+                f"a strip, exemplars x crop_pixels, of at most {MOST_STRIP_PIXELS} pixels",
+            )
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def build(
     kept = Unfinished(unfinished(table.in_folder), _key(table, images, options, built), restart)
     exemplars = Exemplars(chosen.of_any(), options.exemplars) if options.exemplars else None
     if exemplars is not None:
+        require_room(exemplars, options.crop_pixels, table.in_folder)
         kept.restore(exemplars)
 
     def report(what: str, done: int, total: int) -> None:

@@ -6,6 +6,7 @@ They ARE pieces of the images, readable by whoever reads the file; hence only wh
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from parchgrad.errors import DataError
+from parchgrad.errors import ClassGraphError, DataError
 from parchgrad.preprocessing import Preprocessing, decode_image
 from parchgrad.sources import Source
 from parchgrad.table_page.photographs import exciting_box
 
 WEBP_QUALITY = 70
+MOST_STRIP_PIXELS = 16383  # WebP's widest picture
 
 
 class Exemplars:
@@ -68,6 +70,17 @@ class Exemplars:
             if arrays[name].shape != kept.shape:
                 raise ValueError(f"'{name}' has shape {arrays[name].shape}, expected {kept.shape}")
             kept[:] = arrays[name]
+
+
+def require_room(exemplars: Exemplars, pixels: int, folder: Path) -> None:
+    """Raises ClassGraphError where `cut` would not find the room for its crops on the disk of `folder`."""
+    size, count = exemplars.image.shape
+    needed, free = size * count * pixels**2 * 3, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ClassGraphError(
+            f"{count} exemplars of {pixels} pixels for each of {size} channels need {needed / 1e9:.1f} GB beside "
+            f"'{folder}' while they are cut, and {free / 1e9:.1f} GB are free."
+        )
 
 
 def cut(

@@ -9,6 +9,7 @@ slots: the channels selected in each layer side by side, strongest first, -1 whe
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,7 @@ class ClassGraph:
     layers: tuple[str, ...]
     written: Mapping[str, Any] = field(repr=False)  # class_graph.json
     _file: Any = field(repr=False)  # an open safetensors file, which maps it
+    _strips: mmap.mmap | None = field(repr=False)  # of the exemplars, as they were when this was opened; None: no bytes
 
     def summary(self) -> dict[str, Any]:
         """Of the whole graph, JSON types only: `layers` [{name, channels, selected}], `classes` [{index, label,
@@ -215,10 +217,11 @@ class ClassGraph:
             return None
         place = self._channel_start[layer] + channel
         start, end = (int(value) for value in self._all(EXEMPLAR_FIELD)[place : place + 2])
-        path = self.folder / EXEMPLARS_FOLDER / STRIPS_FILE
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(end - start)
+        return b"" if self._strips is None else self._strips[start:end]
+
+    def images(self, index: int) -> int:
+        """Of how many images of a class its nodes, edges and reference counts tell. Raises UncoveredTargetError."""
+        return int(self._all("images")[self._row(index)])
 
     def compare(self, a: int, b: int) -> tuple[Comparison, ...]:
         """The channels of two classes, layer by layer. Raises UncoveredTargetError."""
@@ -299,7 +302,12 @@ class ClassGraph:
 
     def _rows(self, name: str, *where: Any) -> NDArray[Any]:
         """A piece of a field; only that piece is read."""
-        found: NDArray[Any] = self._file.get_slice(name)[where if len(where) > 1 else where[0]]
+        part = self._file.get_slice(name)
+        first = where[0]
+        if isinstance(first, slice) and first.start is not None and first.start == first.stop:
+            empty: NDArray[Any] = self._file.get_tensor(name)[:0]  # safetensors has none behind the last row
+            return empty
+        found: NDArray[Any] = part[where if len(where) > 1 else first]
         return found
 
     def _all(self, name: str) -> NDArray[Any]:
@@ -363,17 +371,19 @@ def load(folder: str | os.PathLike[str], table: OfTable) -> ClassGraph:
                 f"{where}: {TENSORS_FILE} has sha256 {digest}, expected {written['tensors_sha256']}. "
                 f"Build it again: {command}."
             )
+        if not isinstance(written["built"], dict):
+            raise ClassGraphError(f"{where} does not say how it was built: 'built' is {written['built']!r}.")
         layers = tuple(layer["name"] for layer in written["layers"])
         if tuple(written["classes"]) != tuple(table.classes):
             raise ClassGraphError(f"{where} has other classes than table '{table.name}'.")
         file = safe_open(tensors_path, framework="np")
         _check(where, written, file)
-        _check_strips(where, written["exemplars"], folder / EXEMPLARS_FOLDER / STRIPS_FILE)
+        strips = _strips(where, written["exemplars"], folder / EXEMPLARS_FOLDER / STRIPS_FILE)
     except (OSError, SafetensorError) as error:
         raise ClassGraphError(f"{where} cannot be read: {error}.") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ClassGraphError(f"{where} is malformed: {type(error).__name__} {error}.") from error
-    return ClassGraph(folder, table.name, tuple(table.labels), tuple(table.classes), layers, written, file)
+    return ClassGraph(folder, table.name, tuple(table.labels), tuple(table.classes), layers, written, file, strips)
 
 
 def _expect(where: str, what: str, found: str, expected: str, of: str) -> None:
@@ -414,7 +424,12 @@ def _check(where: str, written: Mapping[str, Any], file: Any) -> None:
             raise ClassGraphError(f"{where}: '{name}' has shape {shapes[name]}, expected {shape}.")
 
 
-def _check_strips(where: str, exemplars: Mapping[str, Any] | None, path: Path) -> None:
-    """Its length only: a file of many pictures is not read through at every start."""
-    if exemplars is not None and path.stat().st_size != exemplars["bytes"]:
-        raise ClassGraphError(f"{where}: {path.name} has {path.stat().st_size} bytes, expected {exemplars['bytes']}.")
+def _strips(where: str, exemplars: Mapping[str, Any] | None, path: Path) -> mmap.mmap | None:
+    """Mapped: a file of many pictures is not read through at every start, and one in its place is another graph's."""
+    if exemplars is None:
+        return None
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != exemplars["bytes"]:
+            raise ClassGraphError(f"{where}: {path.name} has {size} bytes, expected {exemplars['bytes']}.")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None  # nothing maps no bytes

@@ -32,7 +32,6 @@ class Images:
     source: Source
     row: NDArray[np.int64]  # (n,): the class of each
     end: NDArray[np.int64]  # (K,): where each class's images end
-    others: int  # images of classes without a row, left out
 
 
 def drawn(source: Source, table: SelectionTable, most: int) -> Images:
@@ -48,9 +47,8 @@ def drawn(source: Source, table: SelectionTable, most: int) -> Images:
         count = min(most, len(mine))
         found.append(mine[np.arange(count) * len(mine) // count])
         rows += [row] * count
-    others = int((~np.isin(source.targets, table.classes)).sum())
     ends = np.cumsum([len(of_class) for of_class in found])
-    return Images(source.take(np.concatenate(found)), np.array(rows), ends, others)
+    return Images(source.take(np.concatenate(found)), np.array(rows), ends)
 
 
 @dataclass

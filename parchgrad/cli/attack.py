@@ -17,7 +17,6 @@ from parchgrad.cli.shared import (
     IMAGE_COLUMN,
     LABEL_COLUMN,
     MODELS_DIR,
-    SEED,
     TABLES_DIR,
     ListParameter,
     images_to_avoid,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from parchgrad.attacks.report import Report
     from parchgrad.evaluation.intervals import Interval
 
+MOST_SEED = 2**31 - 1  # each image has one of its own, counted from it
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -50,7 +50,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Steps of pgd.")
 @click.option("--goal", help="Class that fgsm and pgd lead to, by index, name or id.  [default: away from the label]")
 @click.option("--images", type=click.IntRange(1), default=50, show_default=True, help="Images, the classes in turns.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Draws images, starts and noise.")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True,
+              help="Draws images, starts and noise.")  # fmt: skip
 @click.option("--table", help="Selection table.  [default: the one of the model's name and version]")
 @click.option("--json", "json_file", type=FILE, help="Write everything as JSON.")
 @click.option("--chart", type=FILE, help="Draw accuracy and maps by strength: a .svg, .png or .pdf file.")
@@ -80,6 +81,8 @@ def attack(
     for path in (json_file, chart):
         if path is not None and not os.access(path.absolute().parent, os.W_OK):
             raise click.UsageError(f"'{path.parent}' cannot be written to, expected a folder for '{path.name}'.")
+    if chart is not None and json_file is not None and chart.absolute() == json_file.absolute():
+        raise click.UsageError(f"--json and --chart both name '{chart}'.")
     if chart is not None:
         from parchgrad.attacks.chart import require_suffix
 
@@ -88,7 +91,7 @@ def attack(
     chosen = [
         Attack(kind, strength, steps=steps, seed=seed)
         for kind in dict.fromkeys(attacks)
-        for strength in (levels if KINDS[kind].levels else strengths)
+        for strength in dict.fromkeys(levels if KINDS[kind].levels else strengths)
     ]
     report = _measured(
         model, data, image_column, label_column, chosen, goal, images, seed, table, allow_used, device, models_dir,

@@ -2,11 +2,11 @@
 
 import asyncio
 import base64
+import gzip
+from functools import lru_cache
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -34,6 +34,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Vary": "Accept-Encoding",
     # Asked again each time, by ETag: a page of yesterday must not ask a service of today.
     "Cache-Control": "no-cache",
 }
@@ -54,8 +55,19 @@ async def _file(request: Request, path: str) -> Response:
     if "\0" in path:
         raise HTTPException(404)
     response = await _files.get_response(path, request.scope)
+    if isinstance(response, FileResponse) and "gzip" in request.headers.get("accept-encoding", ""):
+        found = Path(response.path)
+        content = await asyncio.to_thread(_compressed, found, found.stat().st_mtime_ns)
+        tags = {name: response.headers[name] for name in ("content-type", "etag", "last-modified")}
+        response = Response(content, headers={**tags, "Content-Encoding": "gzip"})
     response.headers.update(HEADERS)
     return response
+
+
+@lru_cache(maxsize=256)
+def _compressed(path: Path, modified: int) -> bytes:
+    """Kept, so that no visit costs it again; `modified` tells a file from what it was before."""
+    return gzip.compress(path.read_bytes(), mtime=0)
 
 
 async def state(request: Request) -> Response:
@@ -94,13 +106,11 @@ def _samples(request: Request) -> list[Path]:
         return sorted(path for path in found if path.suffix.lower() in PICTURES and path.is_file())
 
 
-_GZIP = [Middleware(GZipMiddleware, minimum_size=1024)]
-
 ROUTES = [
-    Route("/", page, methods=["GET"], middleware=_GZIP),
+    Route("/", page, methods=["GET"]),
     Route("/page/state.json", state, methods=["GET"]),
-    Route("/page/palettes.json", palettes, methods=["GET"], middleware=_GZIP),
-    Route("/page/{path:path}", file, methods=["GET"], middleware=_GZIP),
+    Route("/page/palettes.json", palettes, methods=["GET"]),
+    Route("/page/{path:path}", file, methods=["GET"]),
     Route("/models/{name}/samples", samples, methods=["GET"]),
     Route("/models/{name}/samples/{file}", sample, methods=["GET"]),
 ]

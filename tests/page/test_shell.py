@@ -32,9 +32,15 @@ def test_an_image_stays_from_view_to_view_and_its_options_in_the_address(page: P
     page.goto(f"{bundled.url}/#/explain?quantile=0.3&gamma=inf")
     page.get_by_label("Image files").first.set_input_files(SAMPLES / "scene_9.png")
     expect(page.locator(".bars").first).to_be_visible()
-    page.get_by_role("link", name="Layers").click()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path) if request.method == "POST" else None)
+    link = page.get_by_role("link", name="Layers")
+    link.focus()
+    page.keyboard.press("Enter")
     expect(page).to_have_url(f"{bundled.url}/#/layers?model=scenes&quantile=0.3&gamma=inf")
-    expect(page.locator(".picker")).to_have_count(0)
+    expect(page.locator(".flow .card").nth(3)).to_be_visible()
+    expect(link).to_be_focused()
+    assert asked == ["/layers"]
 
 
 def test_a_key_is_asked_for_kept_out_of_the_address_and_sent(page: Page, bundled: Server) -> None:
@@ -54,7 +60,12 @@ def test_a_key_is_asked_for_kept_out_of_the_address_and_sent(page: Page, bundled
     page.get_by_label("Key", exact=True).last.fill("secret")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Choose images")).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
     assert "secret" not in page.url
+    page.get_by_role("button", name="Change key").click()
+    page.get_by_label("Key", exact=True).last.fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("A key is needed.")
 
 
 def test_a_service_that_does_not_answer_is_asked_again(page: Page, bundled: Server) -> None:

@@ -267,3 +267,11 @@ def _smooth_image():
 
 def _predicted(explainer, picture):
     return int(explainer.predict(PREPROCESSING.normalise(_image(picture))[None].double()).argmax())
+
+
+def test_the_common_part_of_maps_counts_no_pixel_that_says_nothing() -> None:
+    empty, one, other = np.zeros((3, 10, 10))
+    one[2, 3] = other[7, 7] = 1.0
+    assert np.isnan(top_overlap(empty, empty))
+    assert np.isnan(top_overlap(empty, one))
+    assert (top_overlap(one, other), top_overlap(one, one)) == (0, 1)

@@ -365,6 +365,26 @@ def test_exemplars_are_the_pieces_of_the_images_with_the_largest_features(net):
     assert not (graph.folder / "exemplars").exists(), "no piece of an image stays where none was asked for"
 
 
+def test_what_was_opened_stays_though_the_files_go(net):
+    model, table, source = net
+    graph = build(model, table, source, OPTIONS)
+    at = next(c for c in range(6) if graph.exemplars("second", c))
+    before = graph.exemplars("second", at)
+    shutil.rmtree(graph.folder / "exemplars")
+    assert graph.exemplars("second", at) == before
+
+
+def test_a_graph_without_any_influence_is_asked_all_the_same(net):
+    model, table, source = net
+    graph = build(model, table.with_defaults(layers=("first",)).save(table.in_folder), source, OPTIONS)
+    assert [graph.class_view(index).edges for index in range(3)] == [(), (), ()]
+
+
+def test_strips_wider_than_their_format_are_refused_at_once():
+    with pytest.raises(OptionError, match="at most 16383 pixels"):
+        Options(exemplars=64, crop_pixels=256)
+
+
 def test_going_on_gives_the_same_files(net, tmp_path):
     model, table, source = net
     build(model, table, source, OPTIONS)

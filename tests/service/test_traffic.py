@@ -222,6 +222,9 @@ class Graph:
         self.layers, self.classes, self._by_class = layers, tuple(by_class), by_class
         self.reference_edges = EDGES
 
+    def images(self, index: int) -> int:
+        return int(self._by_class[index][0].sum()) // (index + 1)  # as if a class had its index + 1 channels
+
     def reference_counts(self, index: int) -> np.ndarray[Any, Any]:
         return self._by_class[index]
 
@@ -231,7 +234,7 @@ def test_classes_together_are_compared_with_as_many_of_each() -> None:
     rows[0, 0, 3], rows[1, 0, 7] = 10, 1000
     graph: Any = Graph(("a",), {0: rows[0], 1: rows[1]})
     reference = traffic.Reference(("a",), graph)
-    found, kind = reference.mixed({0: 3, 1: 1})
+    found, kind = reference.mixed({0: 6, 1: 1})  # three times as many values: an image of class 1 has two
     assert kind == "table's images"
     assert (found / found.sum())[0, [3, 7]] == pytest.approx([0.75, 0.25])
     assert found.sum() == pytest.approx(1 / (0.75**2 / 10 + 0.25**2 / 1000))  # of as many values it is as uncertain

@@ -3,7 +3,7 @@
 import * as address from "./address.js";
 import { createApi, path } from "./api.js";
 import { choice, problemBox } from "./components.js";
-import { h, replace } from "./dom.js";
+import { announce, h, replace } from "./dom.js";
 import { decodePalettes } from "./map.js";
 import { listen } from "./picker.js";
 import { createStore, DRAWING } from "./store.js";
@@ -39,33 +39,42 @@ const app = { store, api };
 
 // --- what stands above every view -------------------------------------------------------------------------
 
+// Made once and changed in place: what has the focus keeps it.
+const links = VIEWS.map((one) => h("a", {}, one.title));
+document.getElementById("views").append(...links);
+let models = null; // the choice of a model, where there are several
+let offered = ""; // what the settings were made of
+
 function drawNavigation() {
-  const { view } = store.get();
-  replace(
-    document.getElementById("views"),
-    VIEWS.map((one) =>
-      h("a", { href: address.write({ ...store.get(), view: one.id }), "aria-current": one.id === view && "page" }, one.title),
-    ),
-  );
+  const state = store.get();
+  VIEWS.forEach((one, i) => {
+    links[i].href = address.write({ ...state, view: one.id });
+    if (one.id === state.view) links[i].setAttribute("aria-current", "page");
+    else links[i].removeAttribute("aria-current");
+  });
 }
 
 function drawSettings() {
-  const { models, model, state, key } = store.get();
-  const names = [...new Set(models.map((one) => one.name))];
-  const select = choice({
-    label: "Model",
-    options: names.map((name) => [name, name]),
-    value: model,
-    onChange: (name) => store.set({ model: name, version: null, info: null, target: "predicted", class: null, against: null, options: {} }),
-  });
-  replace(
-    document.getElementById("settings"),
-    names.length > 1 && select.node,
-    names.length === 1 && h("span", { class: "muted model" }, model),
-    state?.keys && h("button", { type: "button", class: "ghost", on: { click: askForKey } }, key ? "Change key" : "Enter key"),
-    h("button", { type: "button", class: "ghost theme", "aria-label": "Light or dark", on: { click: otherTheme } }, "◐"),
-  );
+  const state = store.get();
+  const names = [...new Set(state.models.map((one) => one.name))];
+  const offer = JSON.stringify([names, Boolean(state.state?.keys), Boolean(state.key)]);
+  if (offer !== offered) {
+    offered = offer;
+    models = names.length > 1 && choice({ label: "Model", options: names.map((name) => [name, name]), value: state.model, onChange: takeModel });
+    replace(
+      document.getElementById("settings"),
+      models && models.node,
+      names.length === 1 && h("span", { class: "muted model" }, names[0]),
+      state.state?.keys && h("button", { type: "button", class: "ghost", on: { click: askForKey } }, state.key ? "Change key" : "Enter key"),
+      h("button", { type: "button", class: "ghost theme", "aria-label": "Light or dark", on: { click: otherTheme } }, "◐"),
+    );
+  }
+  if (models) models.select.value = state.model;
 }
+
+// What is of the model before means nothing to another.
+const OF_MODEL = { version: null, info: null, target: "predicted", rival: null, class: null, against: null, options: {} };
+const takeModel = (name) => store.set({ ...OF_MODEL, model: name });
 
 function askForKey() {
   const input = h("input", { type: "password", autocomplete: "off", "aria-label": "Key", size: 40 });
@@ -82,7 +91,12 @@ function askForKey() {
       h("button", { type: "button", class: "ghost", on: { click: () => dialog.close() } }, "Cancel"),
     ),
   );
-  input.addEventListener("keydown", (event) => event.key === "Enter" && (keep(input.value.trim()), dialog.close()));
+  input.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    event.preventDefault(); // the focus goes back to the button that opened this, which it would press
+    keep(input.value.trim());
+    dialog.close();
+  });
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
@@ -132,6 +146,7 @@ function show() {
   main.replaceChildren();
   main.className = `view ${wanted.id}`;
   document.title = `${wanted.title} · ParchGrad`;
+  if (shown) announce(wanted.title);
   shown = { id, handle: null };
   if (!missing) shown.handle = wanted.mount(main, app) ?? {};
   else if (problem) main.append(problemBox(problem, problem.code === "unauthorized" ? null : loadModels), others());
@@ -164,7 +179,7 @@ async function loadModels() {
     if (chosen && !unknown) await loadModel();
     else if (!chosen) store.set({ problem: { message: "No model serves yet.", code: "not_ready" } });
   } catch (error) {
-    store.set({ problem: error });
+    store.set({ problem: error, info: null }); // also where one was loaded: the key is another now
   }
 }
 
@@ -204,8 +219,9 @@ store.subscribe((state, changed) => {
   if (["models", "model", "state", "key"].some((key) => changed.has(key))) drawSettings();
   if ((changed.has("model") || changed.has("version")) && state.info && !changed.has("info")) store.set({ info: null });
   if (["info", "state"].some((key) => changed.has(key))) drawFoot();
+  const before = shown;
   if (["view", "info", "problem", "state"].some((key) => changed.has(key))) show();
-  if (shown?.id !== "waiting") shown?.handle?.update?.(state, changed);
+  if (shown === before) shown?.handle?.update?.(store.get(), changed); // what has just been mounted knows it all
   if ((changed.has("model") || changed.has("version")) && !changed.has("models") && state.models.length) loadModel();
 });
 
@@ -219,7 +235,9 @@ function follow() {
   clearTimeout(writing);
   writing = 0;
   const said = given();
-  const { model, version } = store.get();
+  const { model, version, ...now } = store.get();
+  // What says the same is the same: nobody asks anew for it.
+  for (const key of ["options", "drawing"]) if (JSON.stringify(said[key]) === JSON.stringify(now[key])) said[key] = now[key];
   store.set({ ...said, model: said.model ?? model, version: said.version ?? (said.model ? null : version) });
 }
 
@@ -228,8 +246,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();
 });
-addEventListener("hashchange", follow);
-addEventListener("popstate", follow);
+addEventListener("hashchange", follow); // Back and Forward as well: addresses differ behind their #
 setTheme(localStorage.getItem(THEME));
 listen(app);
 drawNavigation();

@@ -1,15 +1,19 @@
 // Ways to an image: choose, drop, paste, photograph, take a sample.
 
-import { path } from "./api.js";
+import { isAbort, path } from "./api.js";
 import { announce, h, replace } from "./dom.js";
 import { fromFile, undecoded } from "./image.js";
 import { problemBox } from "./components.js";
+
+let taken = 0;
 
 // The first of `files` becomes the image at hand; all of them the images of the grid.
 export async function take(app, files) {
   const chosen = [...files];
   if (!chosen.length) return;
+  const mine = ++taken;
   const images = [await fromFile(chosen[0]), ...chosen.slice(1).map((file) => undecoded(file))];
+  if (mine !== taken) return; // a large picture, decoded after one that was taken later
   // The first picture is for the class that the address names; the next are for what is seen in them.
   const { image, target } = app.store.get();
   app.store.set({ images, image: images[0], target: image ? "predicted" : target });
@@ -39,6 +43,10 @@ export function listen(app) {
 // A panel with every way to an image. Views put it where they have none yet, or beside what they show.
 export function picker(app, { title = "Take an image" } = {}) {
   const input = h("input", { type: "file", accept: "image/*", multiple: true, class: "unseen", tabindex: -1, "aria-label": "Image files", on: { change: () => take(app, input.files) } });
+  const open = () => {
+    input.value = ""; // the same file again is a choice too
+    input.click();
+  };
   const samples = h("div", { class: "samples" });
   const node = h(
     "section",
@@ -48,13 +56,19 @@ export function picker(app, { title = "Take an image" } = {}) {
     h(
       "div",
       { class: "row" },
-      h("button", { type: "button", class: "primary", on: { click: () => input.click() } }, "Choose images"),
+      h("button", { type: "button", class: "primary", on: { click: open } }, "Choose images"),
       navigator.mediaDevices && h("button", { type: "button", class: "ghost", on: { click: () => photograph(app) } }, "Photograph"),
       input,
     ),
     samples,
   );
-  showSamples(app, samples);
+  // Not before it is seen: where it is folded away nobody wants them yet.
+  const watch = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    watch.disconnect();
+    showSamples(app, samples);
+  });
+  watch.observe(node);
   return node;
 }
 
@@ -64,14 +78,22 @@ export async function showSamples(app, node) {
   try {
     const found = (await app.api.get(path(["models", model, "samples"], version))).samples;
     if (!found.length) return;
+    const wrong = h("div", {});
     const open = (name) => async () => {
-      const blob = await app.api.get(path(["models", model, "samples", name], version), { accept: "image/*" });
-      await take(app, [new File([blob], name, { type: blob.type })]);
+      replace(wrong);
+      try {
+        const at = path(["models", model, "samples", name], version);
+        const blob = await app.api.get(at, { accept: "image/*", lane: "sample" });
+        await take(app, [new File([blob], name, { type: blob.type })]);
+      } catch (error) {
+        if (!isAbort(error)) replace(wrong, problemBox(error));
+      }
     };
     replace(
       node,
       h("p", { class: "muted" }, "Or a sample of this model's own:"),
       h("div", { class: "strip" }, found.map((name, i) => sampleButton(app, name, i, open(name)))),
+      wrong,
     );
   } catch (error) {
     // Without samples everything else works; why there are none is the model's own error, shown elsewhere.
