@@ -63,6 +63,11 @@ def test_a_goal_is_sought_and_a_failure_is_said(page: Page, visit: Callable[...,
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".verdict")).to_contain_text("4 of 255")
     expect(page.get_by_role("alert")).to_have_count(0)
+    page.forgiven.append("422")  # type: ignore[attr-defined]
+    page.evaluate("location.hash = '#/attack?quantile=abc'")
+    expect(page.get_by_role("alert").get_by_role("button")).to_have_text(["Back to the defaults"])
+    page.get_by_role("button", name="Back to the defaults").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_where_attacks_are_off_it_says_how_to_turn_them_on(page: Page, bundled: Server) -> None:

@@ -57,6 +57,7 @@ def test_a_class_its_channels_and_another_class(visit: Callable[..., Page]) -> N
     expect(page.get_by_role("columnheader", name="Strength for mushroom")).to_be_visible()
 
     page.get_by_role("button", name="Compare with none").click()
+    expect(other).to_be_focused()
     expect(page.locator(".class-drawing .node.one").first).to_be_attached()
 
 
@@ -85,6 +86,8 @@ def test_by_keyboard(shown: Page) -> None:
     node.focus()
     here = shown.locator(".class-drawing .node:focus")
     first = here.get_attribute("data-key") or ""
+    shown.keyboard.press("Alt+ArrowDown")  # the browser's own
+    assert here.get_attribute("data-key") == first
     shown.keyboard.press("ArrowDown")
     below = here.get_attribute("data-key") or ""
     assert first.split("/")[0] != below.split("/")[0]
@@ -92,11 +95,19 @@ def test_by_keyboard(shown: Page) -> None:
     panel = shown.get_by_role("region", name="Channel", exact=True)
     expect(panel.get_by_role("heading", level=2)).to_contain_text(f"Channel {below.split('/')[1]}")
     expect(shown.locator(".node.picked")).to_have_attribute("data-key", below)
+    linked = panel.locator(".influences li button").first
+    name = linked.inner_text()
+    linked.press("Enter")
+    expect(panel.get_by_role("heading", level=2)).to_have_text(f"Channel {name}")
+    expect(panel.get_by_role("heading", level=2)).to_be_focused()
+    node.focus()
     shown.keyboard.press("Escape")
     expect(shown.locator(".node.picked")).to_have_count(0)
 
     canvas = shown.get_by_role("application")
     canvas.focus()
+    canvas.press("Alt+ArrowDown")
+    expect(shown.locator(".place-tip")).to_be_hidden()
     canvas.press("ArrowDown")
     expect(shown.locator(".place-tip")).to_be_visible()
     chosen = (shown.locator(".place-tip").inner_text()).split()[0]

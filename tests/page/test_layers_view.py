@@ -43,6 +43,8 @@ def test_what_the_rule_keeps_and_drops_is_seen(layers: Page) -> None:
         expect(layers.locator('.card[data-layer="1"]')).to_have_attribute("data-drawn", mode)
         assert (painted(layers, chosen) > 0) is kept
         assert (painted(layers, other) > 0) is dropped
+    layers.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert layers.locator(".card[data-drawn=after]").count() == LAYERS
     chart = layers.get_by_role("img", name="Share of the gradient energy")
     assert "100 % after the rule" in (chart.get_attribute("aria-label") or "")
 
@@ -55,6 +57,10 @@ def test_a_layer_unfolds_its_rule_and_explains_its_numbers(layers: Page) -> None
     expect(aside).to_contain_text("The others × 0, as γ = ∞")
     aside.get_by_role("button", name="What is Selected, summed?").click()
     expect(layers.get_by_text("S_H: the arriving gradients of all selected channels")).to_be_visible()
+    layers.keyboard.press("Escape")
+    for thumb, held in (("5,0", 1), ("6,1", 1), ("6,1", 0)):
+        layers.locator(f'[data-at="{thumb}"]').click()
+        expect(layers.locator(".inspector.pinned")).to_have_count(held)
 
 
 def test_the_keyboard_goes_through_layers_and_channels(layers: Page) -> None:
@@ -62,6 +68,8 @@ def test_the_keyboard_goes_through_layers_and_channels(layers: Page) -> None:
     layers.locator('[data-at="0,-1"]').focus()
     layers.keyboard.press("ArrowRight")
     expect(aside.get_by_role("heading", level=2)).to_have_text("features.2.first.0")
+    layers.keyboard.press("Alt+ArrowDown")  # the browser's own
+    expect(layers.locator('[data-at="1,-1"]')).to_be_focused()
     layers.keyboard.press("ArrowDown")
     expect(layers.locator('[data-at="1,0"]')).to_be_focused()
     expect(aside).to_contain_text("✓ selected")
@@ -72,24 +80,42 @@ def test_the_keyboard_goes_through_layers_and_channels(layers: Page) -> None:
 
 def test_another_class_and_another_share_are_asked_for(layers: Page) -> None:
     with layers.expect_response("**/layers") as answered:
-        layers.locator(".bars button").nth(1).click()
+        layers.locator(".bars button").nth(1).press("Enter")
     asked = answered.value.json()
     expect(layers.locator(".card.end .target")).to_have_text(asked["target"]["label"])
+    expect(layers.locator('.bars [aria-pressed="true"]')).to_be_focused()
     with layers.expect_response("**/layers"):
         layers.get_by_role("slider", name="Share of channels selected").fill("0.5")
     expect(layers.locator(".flow .card").nth(1)).to_contain_text("✓ 12 selected")
 
 
 def test_a_refusal_is_shown_with_a_way_on(visit: Visit, page: Page) -> None:
-    page.forgiven = ["429"]  # type: ignore[attr-defined]
+    page.forgiven = ["429", "422"]  # type: ignore[attr-defined]
     full = json.dumps({"error": {"code": "queue_full", "message": "3 images or maps are waiting, the most is 3."}})
     page.route("**/layers", lambda route: route.fulfill(status=429, body=full, content_type="application/json"))
     visit("layers", SCENE)
     expect(page.get_by_role("alert")).to_contain_text("3 images or maps are waiting")
+    expect(page.locator(".network")).to_be_empty()
     page.unroute("**/layers")
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".flow .card:not(.end)")).to_have_count(LAYERS)
     expect(page.get_by_role("alert")).to_have_count(0)
+
+    visit("layers", query="quantile=abc")
+    expect(page.get_by_role("alert")).to_contain_text("quantile")
+    expect(page.get_by_role("button", name="Try again")).to_have_count(0)
+    page.get_by_role("button", name="Back to the defaults").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+    no_row = json.dumps({"error": {"code": "target_not_in_table", "message": "Table 'scenes' has no row for it."}})
+    page.route("**/layers", lambda route: route.fulfill(status=422, body=no_row, content_type="application/json"))
+    visit("layers", query="target=2&quantile=0.5")
+    expect(page.get_by_role("alert")).to_contain_text("no row")
+    expect(page.get_by_role("slider", name="Share of channels selected")).to_have_value("0.5")
+    page.unroute("**/layers")
+    page.get_by_role("button", name="Choose channels by this picture").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator(".controls")).to_contain_text("by instance")
 
 
 def test_nothing_of_it_is_a_serious_fault_to_axe(layers: Page) -> None:

@@ -42,6 +42,8 @@ def test_a_layer_and_class_are_chosen_and_compared(visit: Callable[..., Page], s
     expect(page.locator(".traffic .one")).to_have_count(len(seen["layers"]))
     expect(page.locator(".strip")).to_have_count(len(seen["figures"]))
 
+    cell.press("Alt+ArrowDown")  # the browser's own
+    expect(cell).to_be_focused()
     cell.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page.locator(".chosen h2")).to_have_text(f"{seen['layers'][3]} · {most['label']}")
@@ -113,8 +115,13 @@ def empty(answer: Json) -> None:
 def test_where_nothing_was_seen_it_says_how_to_begin_and_a_failure_is_got_over(
     page: Page, visit: Callable[..., Page], seen: Json
 ) -> None:
-    answering(page, empty, seen)
+    waiting: list[Route] = []
+    page.route(TRAFFIC, lambda route: waiting.append(route))
     visit("traffic")
+    expect(page.locator(".traffic [aria-busy=true]")).to_have_text("Reading what was seen …")
+    nothing = json.loads(json.dumps(seen))
+    empty(nothing)
+    waiting[0].fulfill(json=nothing)
     expect(page.locator(".empty")).to_contain_text("PARCHGRAD_WATCH_RATE is 0.")
     page.unroute(TRAFFIC)
     page.forgiven.append("503")  # type: ignore[attr-defined]
@@ -148,10 +155,30 @@ def test_it_asks_while_it_is_seen_and_not_paused(page: Page, visit: Callable[...
             page.evaluate("() => fetch('page/state.json')")  # what was asked before it is answered by now
         return len(asked) - before
 
+    page.get_by_role("button", name="What is chance?").click()
     assert asks() >= 2
+    expect(page.locator(":popover-open")).to_be_visible()
     assert asks("hidden") == 0
+    page.get_by_role("button", name="What is Concentration?").click()
     assert asks("visible") >= 2
+    expect(page.locator(":popover-open")).to_be_visible()
+    expect(page.get_by_role("button", name="What is Concentration?")).to_be_focused()
     page.get_by_role("button", name="Pause").click()
     assert asks() == 0
     page.get_by_role("button", name="Go on").click()
     assert asks() >= 2
+
+    page.forgiven.append("503")  # type: ignore[attr-defined]
+    error = {"error": {"code": "not_ready", "message": "The service is stopping."}}
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=503, json=error, headers={"Retry-After": "60"})
+
+    page.unroute(TRAFFIC)
+    page.route(TRAFFIC, refuse)
+    assert asks() == 1
+    retry = page.get_by_role("button", name="Try again")
+    retry.focus()
+    assert [asks(), asks()] == [0, 1]
+    expect(retry).to_be_focused()

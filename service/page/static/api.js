@@ -8,6 +8,14 @@ export class Problem extends Error {
   }
 }
 
+// What can be shown of whatever was thrown. What is none of ours is a fault of the answer or of this page: its words are
+// for the console.
+export function asProblem(error) {
+  if (typeof error.code === "string") return error;
+  console.error(error);
+  return new Problem("unreadable", "The answer is not what this page understands.");
+}
+
 export const isAbort = (error) => error?.name === "AbortError";
 
 // `key`: a function that gives the caller's key, or null.
@@ -15,25 +23,24 @@ export function createApi(key) {
   const lanes = new Map();
 
   // Of two requests on one lane the newer stands: the older's connection is closed, and the service drops it.
-  function onLane(lane, signal) {
+  function onLane(lane) {
     const own = new AbortController();
     if (lane) {
       lanes.get(lane)?.abort();
       lanes.set(lane, own);
     }
-    signal?.addEventListener("abort", () => own.abort(), { once: true });
-    if (signal?.aborted) own.abort();
     return own;
   }
 
   // `as: "blob"`: the answer's bytes as they came, JSON or not.
   async function ask(path, init, { accept = "application/json", as, signal, lane } = {}) {
-    const own = onLane(lane, signal);
+    const own = onLane(lane);
+    const ends = AbortSignal.any([own.signal, signal].filter(Boolean));
     const headers = { Accept: accept };
     if (key()) headers.Authorization = `Bearer ${key()}`;
     let response;
     try {
-      response = await fetch(path, { ...init, headers, signal: own.signal });
+      response = await fetch(path, { ...init, headers, signal: ends });
     } catch (error) {
       if (isAbort(error)) throw error;
       throw new Problem("unreachable", "The service does not answer. Is it running, and is this its address?");
@@ -51,12 +58,11 @@ export function createApi(key) {
 
   return {
     get: (path, options) => ask(path, { method: "GET" }, options),
-    // `images`: a file or several; `fields`: options, a value or a list of one an image; empty ones are left out.
-    post(path, images, fields = {}, options = {}) {
+    // `image`: a file; `fields`: options, of which empty ones are left out.
+    post(path, image, fields = {}, options = {}) {
       const form = new FormData();
-      for (const image of [images].flat()) form.append("image", image, image.name ?? "image");
-      for (const [name, value] of Object.entries(fields))
-        for (const one of [value].flat()) if (one !== undefined && one !== null && one !== "") form.append(name, one);
+      form.append("image", image, image.name ?? "image");
+      for (const [name, one] of Object.entries(fields)) if (one !== undefined && one !== null && one !== "") form.append(name, one);
       return ask(path, { method: "POST", body: form }, options);
     },
   };
@@ -74,7 +80,7 @@ async function problemOf(response) {
   return new Problem("unreadable", `The answer is ${response.status}, without a reason.`, response.status, retryAfter);
 }
 
-// The path of a model's resource: `of("models", name, "class-graph")`, with the version where one is chosen.
+// The path of a model's resource: `path(["models", name, "class-graph"])`, with the version where one is chosen.
 export function path(parts, version) {
   const query = version ? `?version=${encodeURIComponent(version)}` : "";
   return `${parts.map((part) => encodeURIComponent(part)).join("/")}${query}`;

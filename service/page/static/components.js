@@ -1,5 +1,6 @@
 // The pieces that several views are made of: bars, sliders, explanations of a word, problems, empty states.
 
+import { asProblem } from "./api.js";
 import { h, percent, replace } from "./dom.js";
 import { meaning } from "./words.js";
 
@@ -14,14 +15,20 @@ export function explained(term, name = term.replaceAll("_", " ")) {
   sentence.addEventListener("beforetoggle", (event) => {
     if (event.newState !== "open") return;
     const at = button.getBoundingClientRect();
-    const left = Math.max(8, Math.min(at.left, innerWidth - 316));
-    Object.assign(sentence.style, { left: `${left}px`, top: `${Math.min(at.bottom + 6, innerHeight - 120)}px` });
+    // Below or above, where there is more room; a sentence that is longer than that scrolls. It moves with the page.
+    const below = at.top + at.bottom < innerHeight;
+    Object.assign(sentence.style, {
+      left: `${Math.max(8, Math.min(at.left, innerWidth - 316))}px`,
+      top: below ? `${scrollY + at.bottom + 6}px` : "auto",
+      bottom: below ? "auto" : `${innerHeight - scrollY - at.top + 6}px`,
+      maxHeight: `${(below ? innerHeight - at.bottom : at.top) - 14}px`,
+    });
   });
   return h("span", { class: "explained" }, button, sentence);
 }
 
 // Predictions as bars, each a button: {index, label, probability}. `chosen`: the index shown as pressed.
-export function bars(predictions, { onPick, chosen } = {}) {
+export function bars(predictions, { onPick, chosen }) {
   return h(
     "ul",
     { class: "bars" },
@@ -31,7 +38,7 @@ export function bars(predictions, { onPick, chosen } = {}) {
         {},
         h(
           "button",
-          { type: "button", class: "bar", "aria-pressed": String(one.index === chosen), disabled: !onPick, on: { click: () => onPick?.(one) } },
+          { type: "button", class: "bar", "aria-pressed": String(one.index === chosen), on: { click: () => onPick(one) } },
           h("span", { class: "fill", style: { width: `${100 * one.probability}%` } }),
           h("span", { class: "label" }, one.label),
           h("span", { class: "number" }, percent(one.probability)),
@@ -39,6 +46,13 @@ export function bars(predictions, { onPick, chosen } = {}) {
       ),
     ),
   );
+}
+
+// A fold; what it holds is made once it is opened.
+export function fold(title, props, make) {
+  const node = h("details", props, h("summary", {}, title));
+  node.addEventListener("toggle", () => node.append(make()), { once: true });
+  return node;
 }
 
 // A labelled range with its value beside it: {node, set(value), input}. `format(value)` is what is read of it.
@@ -93,14 +107,23 @@ const ADVICE = {
   not_ready: "The service is starting or stopping.",
 };
 
-// What went wrong, in the service's words, and a way on.
-export function problemBox(problem, retry) {
+const MISTAKEN = ["option_invalid", "option_unsupported", "unknown_class"];
+const ofPicture = (problem) => problem.code.startsWith("image_");
+
+// What asking again would not change: the fault is in the options or in the picture.
+export const lasts = (problem) => MISTAKEN.includes(problem.code) || ofPicture(problem);
+
+// What went wrong, in the service's words, and a way on: `retry` asks again, `reset` goes back to the default options.
+export function problemBox(error, retry, reset) {
+  const problem = asProblem(error);
+  const advice = ADVICE[problem.code] ?? (ofPicture(problem) ? "Take another picture." : "");
   const wait = problem.retryAfter ? ` Try again in ${problem.retryAfter} s.` : "";
   return h(
     "div",
     { class: "problem", role: "alert" },
-    h("p", {}, h("strong", {}, problem.message), ` ${ADVICE[problem.code] ?? ""}${wait}`),
-    retry && h("button", { type: "button", on: { click: retry } }, "Try again"),
+    h("p", {}, h("strong", {}, problem.message), ` ${advice}${wait}`),
+    reset && MISTAKEN.includes(problem.code) && h("button", { type: "button", on: { click: reset } }, "Back to the defaults"),
+    retry && !lasts(problem) && h("button", { type: "button", on: { click: retry } }, "Try again"),
   );
 }
 

@@ -43,4 +43,7 @@ export function oncePerFrame(work) {
   };
 }
 
+// Whoever looks wants nothing to move.
+export const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;

@@ -1,9 +1,9 @@
 // A saliency map: from the answer's bytes to numbers, and from numbers to colours; drawn as parchgrad/render.py draws.
 
-const DIMMED = 0.65; // brightness of the image under the colours, as in render.py
+export const DIMMED = 0.65; // brightness of the image under the colours, as in render.py
 const SMOOTH = 0.008; // sd of the Gaussian over the map, a share of its longer side, as in service/answers.py
 
-// `saliency` of an answer -> {width, height, values: Float32Array, max}. Any binary dtype but png.
+// `saliency` of an answer -> {width, height, values: Float32Array}. Any binary dtype but png.
 export function decodeMap(saliency) {
   const [height, width] = saliency.shape;
   const bytes = Uint8Array.from(atob(saliency.data), (letter) => letter.charCodeAt(0));
@@ -26,7 +26,7 @@ function half(bits) {
 }
 
 // Drawing strength in [0, 1], as render.strength: smoothed, then between two percentiles.
-export function strength(map, drawing) {
+function strength(map, drawing) {
   const values = smoothedMap(map);
   const sorted = Float32Array.from(values).sort();
   const low = percentile(sorted, drawing.clip_lower);
@@ -77,24 +77,6 @@ export function decodePalettes(palettes) {
   return Object.fromEntries(
     Object.entries(palettes).map(([name, text]) => [name, Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))]),
   );
-}
-
-// A canvas of the map's size in colours: opaque for `overlay: none`, else the more opaque the stronger.
-export function coloured(map, drawing, palette) {
-  const value = strength(map, drawing);
-  const canvas = new OffscreenCanvas(map.width, map.height);
-  const picture = new ImageData(map.width, map.height);
-  const alone = drawing.overlay === "none";
-  const mask = drawing.overlay === "mask_black";
-  for (let i = 0; i < value.length; i++) {
-    const colour = mask ? -1 : 3 * Math.round(255 * value[i]);
-    picture.data[4 * i] = mask ? 0 : palette[colour];
-    picture.data[4 * i + 1] = mask ? 0 : palette[colour + 1];
-    picture.data[4 * i + 2] = mask ? 0 : palette[colour + 2];
-    picture.data[4 * i + 3] = Math.round(255 * (alone ? 1 : mask ? 1 - value[i] ** 0.5 : value[i] ** 0.7));
-  }
-  canvas.getContext("2d").putImageData(picture, 0, 0);
-  return canvas;
 }
 
 // The map over its image: `box` [left, top, right, bottom] is where the map lies on `image` (upright), in its pixels;
@@ -176,6 +158,9 @@ function strengthOf(map, drawing) {
   return kept.values;
 }
 
+// PIL's grey of the RGBA at `p`, of integers (ITU-R 601-2).
+export const greyOf = (data, p) => (data[p] * 19595 + data[p + 1] * 38470 + data[p + 2] * 7471 + 32768) >> 16;
+
 // Draws `value`, a strength a pixel, into `data`, the image's RGBA: render.overlay's formulas, by a table of 1024 weights.
 const LEVELS = 1023;
 function blend(data, value, drawing, palette) {
@@ -184,8 +169,7 @@ function blend(data, value, drawing, palette) {
   for (let i = 0, p = 0; i < value.length; i++, p += 4) {
     const strong = weight[Math.round(LEVELS * value[i])];
     const colour = 3 * Math.round(255 * value[i]);
-    // PIL's grey, of integers (ITU-R 601-2).
-    const grey = overlay === "grayscale" ? (data[p] * 19595 + data[p + 1] * 38470 + data[p + 2] * 7471 + 32768) >> 16 : 0;
+    const grey = overlay === "grayscale" ? greyOf(data, p) : 0;
     for (let c = 0; c < 3; c++) {
       const own = data[p + c];
       let drawn;
@@ -198,13 +182,4 @@ function blend(data, value, drawing, palette) {
       data[p + c] = own + (drawn - own) * opacity; // rounded by the array itself
     }
   }
-}
-
-// The map's value under a point of the upright image, in its pixels; null beside the map.
-export function valueAt(map, box, x, y) {
-  const [left, top, right, bottom] = box;
-  const column = Math.floor(((x - left) / (right - left)) * map.width);
-  const row = Math.floor(((y - top) / (bottom - top)) * map.height);
-  if (column < 0 || row < 0 || column >= map.width || row >= map.height) return null;
-  return map.values[row * map.width + column];
 }

@@ -19,6 +19,9 @@ export function createStore(initial) {
   };
 }
 
+// The options and classes of a beginning, where those of an address are refused.
+export const defaults = () => ({ options: {}, target: "predicted", rival: null });
+
 // How a map is drawn where nothing else is said; the service's own defaults, and opacity.
 export const DRAWING = {
   colormap: "inferno",

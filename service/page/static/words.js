@@ -3,8 +3,6 @@
 const words = {
   probability: "The share of certainty the network gives to a class: the softmax of its logits. All classes together make 100 %.",
   target: "The class whose map is shown: which parts of the picture speak for it in the network's eyes.",
-  quantile: "The share of each layer's channels that the rule keeps for the target's class: those whose activity is most surely higher on that class's images. 0.1 keeps a tenth.",
-  gamma: "How far the kept channels' gradient outweighs the others'. Infinite: the others count for nothing.",
   method: "How the map is made: the gradient alone, averaged along a path or over noise, or Grad-CAM's weighted feature map.",
   rule: "ParchGrad's rule: in every chosen layer the gradient of the class's own channels dominates, and the layer's gradient keeps its variance.",
   gini: "How concentrated the map is: 0 where every pixel counts the same, near 1 where a few pixels hold everything.",

@@ -1,10 +1,11 @@
 // The Attack view: a small change of the picture, and what becomes of prediction, map and channels.
 
 import { isAbort } from "../api.js";
-import { busy, choice, emptyState, explained, problemBox, slider, tabs } from "../components.js";
+import { busy, choice, emptyState, explained, fold, problemBox, slider, tabs } from "../components.js";
 import { h, percent, replace } from "../dom.js";
 import { decodeMap } from "../map.js";
 import { picker } from "../picker.js";
+import { defaults } from "../store.js";
 import { createChannels } from "./attack/channels.js";
 import "./attack/terms.js";
 import { effective, METHOD_OF, newestWins } from "./explain/asking.js";
@@ -49,8 +50,9 @@ function mountOn(root, app) {
   const verdict = h("div", { class: "verdict", "aria-live": "polite" });
   const trouble = h("div", {});
   const stages = {};
+  const pin = { at: null };
   for (const [name, label] of [["before", "The picture before"], ["after", "The picture after the attack"], ["change", "The change, magnified"]])
-    stages[name] = createStage({ label, least: 256, most: 512, small: true, onPoint: (next) => aim(next) });
+    stages[name] = createStage({ label, pin, least: 256, most: 512, small: true, onPoint: (next) => aim(next) });
   const captions = Object.fromEntries(Object.keys(stages).map((name) => [name, h("figcaption", {})]));
   const readings = h("p", { class: "muted readings" }, "Point at a map to read its values.");
   const pictures = h("div", { class: "pictures" }, Object.entries(stages).map(([name, stage]) => h("figure", { class: "figure" }, stage.node, captions[name])));
@@ -121,7 +123,7 @@ function mountOn(root, app) {
     };
   }
 
-  function ask() {
+  function ask(hurry = false) {
     const { image, info } = app.store.get();
     if (!image || !info) return;
     if (!answer) replace(empty, emptyState("Attacking …"));
@@ -139,12 +141,12 @@ function mountOn(root, app) {
         results.hidden = false;
         draw();
       } catch (error) {
-        if (isAbort(error)) return;
+        if (isAbort(error) || signal.aborted) return;
         settle();
         results.hidden = !answer;
-        replace(trouble, problemBox(error, ask));
+        replace(trouble, problemBox(error, () => ask(true), () => app.store.set(defaults())));
       }
-    });
+    }, hurry);
   }
 
   function settle() {
@@ -259,9 +261,10 @@ function mountOn(root, app) {
     results.hidden = !answer;
     if (image) {
       replace(empty);
-      aside.append(h("details", { class: "picker" }, h("summary", {}, "Another image"), picker(app)));
-      ask();
+      aside.append(fold("Another image", { class: "picker" }, () => picker(app)));
+      ask(true); // what is under way is of another picture
     } else {
+      queue.stop();
       results.hidden = true;
       replace(empty, emptyState("See what a small change does", h("p", {}, "Take an image: the attack changes it by a few levels, and you see the prediction turn, the map move, and which channels rise and fall.")), picker(app, { title: "Take an image" }));
     }

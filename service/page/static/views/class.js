@@ -2,10 +2,10 @@
 
 import { isAbort, path } from "../api.js";
 import { busy, check, emptyState, explained, problemBox, slider } from "../components.js";
-import { announce, h, oncePerFrame, replace } from "../dom.js";
+import { announce, h, oncePerFrame, replace, s } from "../dom.js";
 import { define } from "../words.js";
 import { channelPanel, strengthWords } from "./class/channel.js";
-import { classDrawing } from "./class/graph.js";
+import { classDrawing, SHAPES } from "./class/graph.js";
 import { picture } from "./class/order.js";
 import { classPlaces } from "./class/places.js";
 import { classSearch } from "./class/search.js";
@@ -46,9 +46,8 @@ export const view = {
       } catch (error) {
         if (isAbort(error)) return;
         replace(body, error.code === "no_class_graph" ? without(app, error, load) : problemBox(error, load));
-      } finally {
-        busy(body, false);
       }
+      busy(body, false);
     }
 
     load();
@@ -98,6 +97,7 @@ function without(app, problem, retry) {
 function shown(root, app, graph, signal) {
   const known = new Map(); // answers by path: what was looked at lately costs nothing
   const byIndex = new Map(graph.classes.map((one) => [one.index, one]));
+  const touch = matchMedia("(pointer: coarse)").matches;
   const used = { a: null, b: null, pair: null, picture: null };
   const most = { nodes: Math.min(Math.max(40, 4 * graph.layers.length), 220) };
   most.edges = Math.max(160, 2 * most.nodes);
@@ -110,7 +110,7 @@ function shown(root, app, graph, signal) {
   const legend = h("div", { class: "class-legend" });
   const nodesSlider = slider({ label: "Channels", min: 5, max: MOST.nodes, step: 1, value: most.nodes, term: "drawn_channels", onInput: (value) => { most.nodes = value; redraw(); } });
   const edgesSlider = slider({ label: "Influences", min: 0, max: MOST.edges, step: 1, value: most.edges, term: "drawn_influences", onInput: (value) => { most.edges = value; redraw(); } });
-  const panel = channelPanel(app, { pictures: graph.exemplars, build: buildCommand(app), onClass: pickFirst, onChannel: (key) => drawing.pick(key) });
+  const panel = channelPanel(app, { pictures: graph.exemplars, build: buildCommand(app), signal, onClass: pickFirst, onChannel: (key) => drawing.pick(key) });
   const drawing = classDrawing({
     nameOf,
     onLook: (node) => panel.show(node, names(), false),
@@ -122,7 +122,7 @@ function shown(root, app, graph, signal) {
   const places = classPlaces({ classes: graph.classes, onPick: pickFirst, onCompare: pickSecond });
   const table = h("div", { class: "table-room" });
   const details = h("details", { class: "panel as-table", on: { toggle: fillTable } }, h("summary", {}, "The drawing as a table"), table);
-  const stage = h("div", { class: "stage" }, drawing.svg, drawing.tools, h("p", { class: "muted how" }, "Drag moves, Ctrl and the wheel zoom. In the drawing: arrow keys, Enter, + − 0."));
+  const stage = h("div", { class: "stage" }, drawing.svg, drawing.tools, h("p", { class: "muted how" }, touch ? "Two fingers move and zoom." : "Drag moves, Ctrl and the wheel zoom. In the drawing: arrow keys, Enter, + − 0."));
   const problem = h("div", {});
   root.append(
     h("div", { class: "class-choice" }, first.node, second.node, h("div", { class: "class-sliders" }, nodesSlider.node, edgesSlider.node)),
@@ -131,14 +131,15 @@ function shown(root, app, graph, signal) {
       { class: "class-grid" },
       h("section", { class: "panel drawing-panel", "aria-label": "Channels and influences" }, about, legend, problem, stage),
       panel.node,
-      h("section", { class: "panel places-panel", "aria-label": "All classes" }, h("div", { class: "places-head" }, h("h2", {}, `All ${graph.classes.length} classes by likeness `, explained("class_places", "where a class lies")), places.tools), places.node, h("p", { class: "muted" }, "Click a class to see it; Shift and click to compare with it.")),
+      h("section", { class: "panel places-panel", "aria-label": "All classes" }, h("div", { class: "places-head" }, h("h2", {}, `All ${graph.classes.length} classes by likeness `, explained("class_places", "where a class lies")), places.tools), places.node, h("p", { class: "muted" }, touch ? "Touch a class to see it." : "Click a class to see it; Shift and click to compare with it.")),
     ),
     details,
   );
   hint();
 
   function hint() {
-    panel.hint("Point at one, or reach it with Tab and the arrow keys: what excites it most, what it feeds, and which classes it serves. A click or Enter keeps it here.");
+    const told = "what excites it most, what it feeds, and which classes it serves.";
+    panel.hint(touch ? `Touch one: ${told}` : `Point at one, or reach it with Tab and the arrow keys: ${told} A click or Enter keeps it here.`);
   }
 
   // What the address names, else the target of the other views, else the first that has a row.
@@ -163,8 +164,10 @@ function shown(root, app, graph, signal) {
     return known.get(where);
   }
 
+  let asked = 0;
   async function choose() {
     const { a, b } = current();
+    const own = ++asked;
     first.set(a);
     second.set(b);
     places.choose(a, b);
@@ -177,8 +180,7 @@ function shown(root, app, graph, signal) {
         b === null ? null : ask(["classes", b], "class b", limits),
         b === null ? null : ask(["classes", a, "against", b], "class pair"),
       ]);
-      const now = current();
-      if (now.a !== a || now.b !== b) return;
+      if (own !== asked) return;
       Object.assign(used, { a: ofA, b: ofB, pair });
       problem.replaceChildren();
       drawing.release();
@@ -186,10 +188,10 @@ function shown(root, app, graph, signal) {
       draw();
       announce(`${ofA.label}${ofB ? ` compared with ${ofB.label}` : ""}: ${used.picture.nodes.length} channels drawn.`);
     } catch (error) {
-      if (!isAbort(error)) replace(problem, problemBox(error, choose));
-    } finally {
-      busy(stage, false);
+      if (own !== asked || isAbort(error)) return; // the newer one ends the waiting
+      replace(problem, problemBox(error, choose));
     }
+    busy(stage, false);
   }
 
   const redraw = oncePerFrame(() => used.a && draw());
@@ -291,14 +293,4 @@ function shown(root, app, graph, signal) {
   };
 }
 
-function shape(side) {
-  const kind = { one: d3.symbolCircle, shared: d3.symbolCircle, a: d3.symbolSquare, b: d3.symbolTriangle }[side];
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "-9 -9 18 18");
-  svg.setAttribute("aria-hidden", "true");
-  svg.setAttribute("class", `node ${side}`);
-  const mark = svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "path"));
-  mark.setAttribute("class", "shape");
-  mark.setAttribute("d", d3.symbol(kind, 130)());
-  return svg;
-}
+const shape = (side) => s("svg", { viewBox: "-9 -9 18 18", "aria-hidden": "true", class: `node ${side}` }, s("path", { class: "shape", d: d3.symbol(d3[SHAPES[side]], 130)() }));

@@ -2,13 +2,13 @@
 // together; what each shows stands in explain/.
 
 import { isAbort } from "../api.js";
-import { busy, explained, problemBox, tabs } from "../components.js";
+import { busy, explained, fold, problemBox, tabs } from "../components.js";
 import { h, oncePerFrame, percent, replace } from "../dom.js";
 import { fromFile, thumbnail } from "../image.js";
 import { drawPlain } from "../map.js";
 import { picker } from "../picker.js";
-import { DRAWING } from "../store.js";
-import { createAsker, drawnOf, fieldsOf, newestWins } from "./explain/asking.js";
+import { defaults, DRAWING } from "../store.js";
+import { createAsker, drawnOf, fieldsOf, newestWins, targetOf } from "./explain/asking.js";
 import { backdropOf } from "./explain/backdrop.js";
 import { createClasses } from "./explain/classes.js";
 import { createFiles } from "./explain/files.js";
@@ -31,7 +31,10 @@ function mount(root, app) {
   const asker = createAsker(api, () => store.get().info.labels.length);
   let bench = null;
 
+  let info = null; // of the model that is shown
+
   function show(state) {
+    info = state.info;
     bench?.unmount();
     bench = null;
     if (!state.image) return replace(root, createStart(app));
@@ -43,7 +46,7 @@ function mount(root, app) {
   return {
     update(state, changed) {
       // Of another model everything is other: labels, bounds, defaults.
-      if (changed.has("info") || (changed.has("image") && !bench !== !state.image)) show(state);
+      if (state.info !== info || (changed.has("image") && !bench !== !state.image)) show(state);
       else bench?.update(state, changed);
     },
     unmount: () => bench?.unmount(),
@@ -86,10 +89,11 @@ function createBench(app, asker) {
   const reads = h("span", {});
   const readout = h("p", { class: "readout" }, reads, " ", explained("reading", "this reading"));
   const scale = createScale();
-  const stage = createStage({ label: "Map", onPoint: pointAt });
+  const pin = { at: null }; // where the crosshair stays, in every map
+  const stage = createStage({ label: "Map", pin, onPoint: pointAt });
   const mapShow = h("div", { class: "one-map" }, stage.node, h("div", { class: "beneath" }, readout, scale.node));
-  const methods = createMethods(app, { asker, onPoint: pointAt, onMain: (options) => store.set({ options, show: "map" }) });
-  const classes = createClasses(app, { asker, onPoint: pointAt, onRival: (index) => store.set({ rival: index }) });
+  const methods = createMethods(app, { asker, pin, onPoint: pointAt, onMain: (options) => store.set({ options, show: "map" }) });
+  const classes = createClasses(app, { asker, pin, onPoint: pointAt, onRival: (index) => store.set({ rival: index }) });
   const many = createMany(app, { asker, onOpen: open });
   const bar = h("div", { class: "shows" });
   const place = h("div", { class: "place" });
@@ -100,7 +104,7 @@ function createBench(app, asker) {
   const foretold = createPredictions({ onPick: chooseTarget, onMore: moreClasses, labels: () => info.labels });
   const files = createFiles(app, { record: () => (store.get().image?.id === record?.image.id ? record : null), canvas: () => parts()[store.get().show]?.canvas?.() ?? stage.canvas });
   const chip = h("div", { class: "chip" });
-  const another = h("details", { class: "another" }, h("summary", {}, "Other picture"), picker(app, { title: "Another picture" }));
+  const another = fold("Other picture", { class: "another" }, () => picker(app, { title: "Another picture" }));
   const main = h("section", { class: "main panel", "aria-label": "Picture and map" }, h("div", { class: "head" }, says, chip), trouble, place, quantile.node, under);
   const node = h(
     "div",
@@ -117,7 +121,7 @@ function createBench(app, asker) {
     const { image } = state;
     const fields = fieldsOf(state);
     const known = asker.kept(image, fields);
-    if (known && backdrop && record?.image === image) {
+    if (known && backdrop && record?.image.id === image.id) {
       lane.stop();
       busy(main, false);
       return take(known, state);
@@ -127,7 +131,7 @@ function createBench(app, asker) {
       try {
         const found = await asker.explain(image, fields, signal);
         if (signal.aborted) return;
-        if (!backdrop || record?.image !== image || !backdrop.box) backdrop = await backdropOf(asker, image, found, signal);
+        if (!backdrop || record?.image.id !== image.id || !backdrop.box) backdrop = await backdropOf(asker, image, found, signal);
         if (!signal.aborted) take(found, store.get());
       } catch (error) {
         if (!isAbort(error) && !signal.aborted) fail(error);
@@ -138,7 +142,7 @@ function createBench(app, asker) {
   }
 
   function take(found, state) {
-    const fresh = record?.image !== found.image;
+    const fresh = record?.image.id !== found.image.id;
     record = found;
     if (fresh) {
       predictions = found.result.predictions;
@@ -146,7 +150,7 @@ function createBench(app, asker) {
     }
     node.classList.remove("failed");
     replace(trouble, found.map ? null : withoutMap(found.explanation, ways));
-    foretold.draw(predictions, found.explanation?.target ?? askedFor(found));
+    foretold.draw(predictions, targetOf(found, predictions));
     drawWords(found);
     draw(state);
     files.update();
@@ -155,18 +159,12 @@ function createBench(app, asker) {
     if (show === "classes") classes.update(state, backdrop, found, predictions, fresh);
   }
 
-  // The class that was asked for where the answer has none to name.
-  const askedFor = (found) => (found.fields.target === "predicted" ? predictions[0] : predictions.find((one) => String(one.index) === found.fields.target));
-
   async function fail(error) {
     const { image } = store.get();
     record = null;
     backdrop = await backdropOf(asker, image, null).catch(() => null);
     node.classList.add("failed");
-    const mistaken = ["option_invalid", "unknown_class", "option_unsupported"].includes(error.code);
-    const back = mistaken && h("button", { type: "button", on: { click: () => store.set({ options: {}, target: "predicted", rival: null }) } }, "Back to the defaults");
-    const lasting = mistaken || error.code?.startsWith("image_"); // asking again would change nothing
-    replace(trouble, problemBox(error, lasting ? null : () => ask(true)), back, error.code?.startsWith("image_") && h("p", { class: "muted" }, "Take another picture above."));
+    replace(trouble, problemBox(error, () => ask(true), () => store.set(defaults())));
     predictions = [];
     foretold.draw([], null);
     says.replaceChildren();
@@ -184,25 +182,27 @@ function createBench(app, asker) {
       const found = await asker.predictions(image, fieldsOf(store.get()), count);
       if (store.get().image !== image) return;
       predictions = found;
-      foretold.draw(predictions, record?.explanation?.target);
+      foretold.draw(predictions, record && targetOf(record, predictions));
     } catch (error) {
       if (!isAbort(error)) replace(trouble, problemBox(error, () => moreClasses(count)));
     }
   }
 
   // A frame of the sweep: shown as it comes, kept for the next round; false where it is not to go on.
-  async function sweepFrame(value) {
+  async function sweepFrame(value, signal) {
     const state = store.get();
     if (!state.image || state.show === "images") return false;
     const options = { ...state.options, quantile: value };
     delete options.alpha;
     try {
-      const found = await asker.explain(state.image, fieldsOf(state, { options }));
-      if (!found.map || store.get().image !== state.image || !backdrop) return false;
-      take(found, { ...store.get(), options });
+      const found = await asker.explain(state.image, fieldsOf(state, { options }), signal);
+      const now = store.get();
+      if (signal.aborted || !found.map || now.image !== state.image || !backdrop) return false;
+      // Where something else was chosen in between, the next frame is of that.
+      if (now.options === state.options && now.target === state.target) take(found, { ...now, options });
       return true;
     } catch (error) {
-      if (!isAbort(error)) fail(error);
+      if (!isAbort(error) && !signal.aborted) fail(error);
       return false;
     }
   }
@@ -285,8 +285,8 @@ function createBench(app, asker) {
     // Read out what the keys reach; a pointer would read without end.
     reads.setAttribute("aria-live", how === "key" ? "polite" : "off");
     showPoint();
-    if (store.get().show === "methods") methods.point(point);
-    if (store.get().show === "classes") classes.point(point);
+    methods.point(point);
+    classes.point(point);
   }
 
   function showPoint() {
@@ -316,10 +316,12 @@ function createBench(app, asker) {
     replace(chip, thumbnail(image, 40), h("span", { class: "name" }, image.name));
   }
 
+  // Only the picture that is at hand is kept decoded.
+  let opening = null;
   async function open(image) {
-    const { images } = store.get();
+    opening = image;
     const whole = image.decoded ? image : await fromFile(image.file, image.name, image.id);
-    store.set({ image: whole, images: images.map((one) => (one.id === whole.id ? whole : one)), show: "map" });
+    if (opening === image && store.get().images.includes(image)) store.set({ image: whole, show: "map" });
   }
 
   function everything(state) {
@@ -351,8 +353,8 @@ function createBench(app, asker) {
         another.open = false;
         backdrop = null;
         record = null;
-        point = null;
         stage.forget();
+        pointAt(null);
         outlines.stop();
       }
       if (has("images") && state.images.length > 1 && has("image") && state.show !== "images" && !has("show")) return store.set({ show: "images" });

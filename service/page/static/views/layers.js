@@ -1,13 +1,15 @@
 // The Layers view: the network from picture to prediction and the gradient's way back, what the rule keeps and drops.
 
 import { isAbort } from "../api.js";
-import { bars, busy, choice, emptyState, explained, problemBox, slider, tabs } from "../components.js";
-import { announce, h, oncePerFrame, percent, replace, s } from "../dom.js";
+import { bars, busy, choice, emptyState, explained, fold, problemBox, slider, tabs } from "../components.js";
+import { announce, h, oncePerFrame, percent, replace, still } from "../dom.js";
 import { thumbnail } from "../image.js";
 import { picker } from "../picker.js";
-import { described, inspect, shapeOf } from "./layer_inspector.js";
-import { draw, LayerMaps, MODES, signColours, unstack } from "./layer_maps.js";
-import "./layer_words.js";
+import { withoutRow } from "./explain/status.js";
+import { energyChart } from "./layers/chart.js";
+import { described, inspect, shapeOf } from "./layers/inspector.js";
+import { draw, LayerMaps, MODES, signColours, unstack } from "./layers/maps.js";
+import "./layers/words.js";
 
 // What /layers takes of the page's options; methods of many passes have no one way back.
 const METHODS = ["gradient", "input_x_gradient", "guided_backprop"];
@@ -36,13 +38,14 @@ export const view = {
 
 class Layers {
   constructor(root, app) {
-    Object.assign(this, { root, app, mode: "activation", order: "activation", answer: null, at: null, pinned: false });
+    Object.assign(this, { root, app, mode: "activation", order: "activation", answer: null, at: null, held: null });
     this.leaving = new AbortController(); // ends listeners and requests
     this.askSoon = oncePerFrame(() => this.ask());
     this.redrawSoon = oncePerFrame(() => this.redraw());
     this.paintSoon = oncePerFrame(() => this.paintSome());
     const { signal } = this.leaving;
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.redrawSoon, { signal });
+    addEventListener("beforeprint", () => this.answer && this.cards.forEach((card, i) => card.drawn === this.mode || this.paint(i)), { signal });
     this.themes = new MutationObserver(this.redrawSoon);
     this.themes.observe(document.documentElement, { attributeFilter: ["data-theme"] });
     this.seen = new IntersectionObserver((entries) => this.came(entries), { rootMargin: "300px" });
@@ -57,9 +60,10 @@ class Layers {
   }
 
   update(state, changed) {
-    if (changed.has("image")) this.answer = this.at = null;
+    if (changed.has("image")) this.answer = this.at = this.held = null;
     if (changed.has("image")) this.build();
     if (["image", "info", "target", "options"].some((key) => changed.has(key)) && state.image && state.info) this.askSoon();
+    if (changed.has("options")) this.quantile?.set(this.share());
     if (changed.has("drawing") && this.answer) this.redrawSoon();
   }
 
@@ -80,9 +84,21 @@ class Layers {
       this.show();
     } catch (error) {
       if (isAbort(error)) return; // a newer one is on its way, and ends the waiting
-      replace(this.problem, problemBox(error, () => this.ask()));
+      this.fail(error);
     }
     busy(this.body, false);
+  }
+
+  fail(error) {
+    const { store } = this.app;
+    const change = (patch) => () => store.set({ options: { ...store.get().options, ...patch } });
+    const noRow = error.code === "target_not_in_table";
+    if (!this.answer) this.body.replaceChildren();
+    replace(
+      this.problem,
+      problemBox(error, noRow ? null : () => this.ask(), () => store.set({ options: {}, target: "predicted" })),
+      noRow && h("div", { class: "row" }, withoutRow({ instance: change({ selection: "instance" }), plain: change({ rule: false }) })),
+    );
   }
 
   // --- the frame ------------------------------------------------------------------------------------------
@@ -107,22 +123,16 @@ class Layers {
       h("h1", { class: "unseen" }, "Layers"),
       this.problem,
       this.body,
-      this.another(),
+      fold("Another image", { class: "another" }, () => picker(this.app)),
     );
     replace(this.body, h("p", { class: "muted first" }, "Looking into the network …"));
   }
 
-  // Its samples are asked for once it is opened.
-  another() {
-    const node = h("details", { class: "another" }, h("summary", {}, "Another image"));
-    node.addEventListener("toggle", () => node.append(picker(this.app)), { once: true });
-    return node;
-  }
-
   show() {
     const { answer } = this;
-    if (this.at && !answer.layers[this.at.layer]) this.at = null;
+    if (this.at && !answer.layers[this.at.layer]) this.at = this.held = null;
     this.seen.disconnect();
+    const focused = this.flow?.contains(document.activeElement);
     this.cards = answer.layers.map((layer, i) => this.card(layer, i));
     this.inspector = h("aside", { class: "panel inspector", "aria-label": "The layer in full", tabindex: -1 });
     this.flow = h(
@@ -143,6 +153,8 @@ class Layers {
     this.showMode();
     for (const card of this.cards) this.seen.observe(card.node);
     this.select(this.at?.layer ?? this.widest(), this.at?.place ?? null);
+    this.hold(this.held);
+    if (focused) this.current().focus({ preventScroll: true });
     announce(`${answer.layers.length} layers for ${answer.target.label}.`);
   }
 
@@ -154,15 +166,14 @@ class Layers {
 
   controls() {
     const state = this.app.store.get();
-    const byDefault = state.info.options.quantile;
     this.predictions = h("div", {});
     this.options = h("p", { class: "muted" });
-    const quantile = slider({
+    this.quantile = slider({
       label: "Share of channels selected",
       min: 0.01,
       max: 1,
       step: 0.01,
-      value: state.options.quantile ?? (typeof byDefault === "number" ? byDefault : 0.1),
+      value: this.share(),
       format: (value) => percent(value, 0),
       onInput: (value) => this.app.store.set({ options: { ...this.app.store.get().options, quantile: value, alpha: undefined } }),
       term: "quantile",
@@ -191,16 +202,25 @@ class Layers {
         { class: "stack choices" },
         h("div", {}, h("h2", {}, "Pictures show"), tabs(MODES, this.mode, (mode) => { this.mode = mode; this.showMode(); })),
         this.legend,
-        h("div", { class: "row settings-row" }, order.node, quantile.node),
+        h("div", { class: "row settings-row" }, order.node, this.quantile.node),
         this.options,
       ),
     );
   }
 
+  // What the slider stands at.
+  share() {
+    const { options, info } = this.app.store.get();
+    const byDefault = info.options.quantile;
+    return options.quantile ?? (typeof byDefault === "number" ? byDefault : 0.1);
+  }
+
   showPredictions() {
     const { predictions, target } = this.answer;
     const listed = predictions.some((one) => one.index === target.index) ? predictions : [...predictions, target];
+    const focused = this.predictions.contains(document.activeElement);
     replace(this.predictions, bars(listed, { chosen: target.index, onPick: (one) => this.app.store.set({ target: String(one.index) }) }));
+    if (focused) this.predictions.querySelector('[aria-pressed="true"]').focus();
   }
 
   showOptions() {
@@ -226,28 +246,7 @@ class Layers {
   }
 
   energyChart() {
-    const { layers } = this.answer;
-    const wide = 100 / layers.length;
-    const mean = (key) => percent(layers.reduce((sum, layer) => sum + layer.selected_share[key], 0) / layers.length, 0);
-    const label = `Share of the gradient energy in the selected channels, mean over ${layers.length} layers: ${mean("plain")} of the plain gradient, ${mean("before")} of what arrives, ${mean("after")} after the rule.`;
-    return s(
-      "svg",
-      { viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label, class: "chart" },
-      layers.map((layer, i) => {
-        const x = i * wide + wide * 0.12;
-        const width = wide * 0.76;
-        const { plain, before, after } = layer.selected_share;
-        return s(
-          "g",
-          { on: { click: () => this.goTo(i) }, class: "layer-bar" },
-          s("title", {}, `${layer.name}: plain ${percent(plain)}, arriving ${percent(before)}, after ${percent(after)}`),
-          s("rect", { class: "whole", x: i * wide, y: 0, width: wide, height: 40 }),
-          s("rect", { class: "after", x, y: 40 * (1 - after), width, height: 40 * after }),
-          s("rect", { class: "before", x, y: 40 * (1 - before), width, height: 40 * before }),
-          s("line", { class: "plain", x1: x - wide * 0.06, x2: x + width + wide * 0.06, y1: 40 * (1 - plain), y2: 40 * (1 - plain) }),
-        );
-      }),
-    );
+    return energyChart(this.answer.layers, (i) => this.goTo(i));
   }
 
   // --- the flow -------------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ class Layers {
           on: {
             click: () => this.pin(i, place),
             focus: () => this.select(i, place),
-            pointerenter: (event) => event.pointerType === "mouse" && !this.pinned && this.select(i, place),
+            pointerenter: (event) => event.pointerType === "mouse" && !this.held && this.select(i, place),
           },
         },
         canvases[place],
@@ -381,38 +380,48 @@ class Layers {
   select(layer, place) {
     this.at = { layer, place };
     for (const node of this.flow.querySelectorAll("[data-current]")) delete node.dataset.current;
-    const card = this.cards[layer];
-    const node = place === null ? card.head : card.thumbs[place];
-    card.node.dataset.current = "";
+    const node = this.current();
+    this.cards[layer].node.dataset.current = "";
     node.dataset.current = "";
     for (const other of this.flow.querySelectorAll('[data-at][tabindex="0"]')) other.tabIndex = -1;
     node.tabIndex = 0;
-    inspect(this.inspector, this.maps[layer], place, this.answer.options, this.palette(), () => this.release());
+    inspect(this.inspector, this.maps[layer], place, this.answer.options, this.palette(), () => this.shut());
   }
 
-  // A click holds what is looked at until the next one, or Escape.
+  current() {
+    const card = this.cards[this.at.layer];
+    return this.at.place === null ? card.head : card.thumbs[this.at.place];
+  }
+
+  // A click holds what is looked at until the next one of it, or Escape. Its focus has selected it before.
   pin(layer, place) {
-    const same = this.pinned && this.at.layer === layer && this.at.place === place;
+    const same = this.held?.layer === layer && this.held.place === place;
     this.select(layer, place);
-    this.pinned = !same;
-    this.inspector.classList.toggle("pinned", this.pinned);
+    this.hold(same ? null : this.at);
   }
 
-  release() {
-    this.pinned = false;
-    this.inspector.classList.remove("pinned");
+  hold(held) {
+    this.held = held;
+    this.inspector.classList.toggle("pinned", Boolean(held));
+  }
+
+  // Where the layer in full lies on top: what it was opened from has the focus again.
+  shut() {
+    this.hold(null);
+    this.current().focus();
   }
 
   goTo(layer) {
     this.select(layer, null);
-    this.cards[layer].head.focus({ preventScroll: true });
-    this.cards[layer].node.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    this.hold(this.held && this.at);
+    this.current().focus({ preventScroll: true });
+    this.cards[layer].node.scrollIntoView({ block: "nearest", behavior: still() ? "auto" : "smooth" });
   }
 
   move(event) {
     const at = event.target.dataset?.at?.split(",").map(Number);
-    if (!at) return;
-    if (event.key === "Escape") return this.release();
+    if (!at || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape") return this.hold(null);
     const [layer, place] = at;
     const last = this.cards.length - 1;
     const next = {
@@ -428,5 +437,6 @@ class Layers {
     const card = this.cards[next[0]];
     const found = Math.max(-1, Math.min(next[1], card.thumbs.length - 1));
     (found < 0 ? card.head : card.thumbs[found]).focus();
+    this.hold(this.held && this.at); // goes along
   }
 }

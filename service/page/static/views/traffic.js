@@ -3,8 +3,9 @@
 
 import { isAbort } from "../api.js";
 import { busy, emptyState, explained, problemBox, tabs } from "../components.js";
-import { announce, h, replace, s } from "../dom.js";
+import { announce, h, replace } from "../dom.js";
 import { define } from "../words.js";
+import { clock, densityPlot, images, pastPlot, stripPlot, three } from "./traffic/plots.js";
 
 define({
   activation: "How strongly a channel answers, averaged over the picture, in standard deviations from its mean over the images the table was built with: 0 is that mean.",
@@ -32,14 +33,12 @@ const EVERY = 5000; // ms between two askings
 const STRONGEST = 0.25; // bits drawn in the full colour, or the most there are
 const two = (value) => value.toFixed(2).replace(/^0\./, ".").replace(/^1\.00$/, "1");
 const corrected = (one, i) => (one.divergence[i] === null ? null : Math.max(0, one.divergence[i] - one.expected[i]));
-const three = (value) => value.toFixed(3);
-const images = (count) => `${count} ${count === 1 ? "image" : "images"}`;
 
 export const view = {
   id: "traffic",
   title: "Traffic",
   mount(root, app) {
-    const own = { span: "hour", index: null, layer: null, paused: false, answer: null, timer: 0, open: false };
+    const own = { span: "hour", index: null, layer: null, paused: false, answer: null, timer: 0, open: false, parts: {} };
     const stop = new AbortController();
 
     // --- what stands still ----------------------------------------------------------------------------------
@@ -47,7 +46,7 @@ export const view = {
     const pause = h("button", { type: "button", class: "ghost", on: { click: () => setPaused(!own.paused) } }, "Pause");
     const trouble = h("div");
     const notes = h("div", { class: "stack" });
-    const body = h("div", { class: "stack" });
+    const body = h("div", { class: "stack" }, h("p", { class: "muted" }, "Reading what was seen …"));
     root.append(
       h(
         "header",
@@ -72,19 +71,31 @@ export const view = {
       try {
         const answer = await app.api.get(`traffic?${query}`, { lane: "traffic", signal: stop.signal });
         trouble.replaceChildren();
+        own.failed = null;
         show(answer);
+        again();
       } catch (error) {
         if (isAbort(error)) return;
-        replace(trouble, problemBox(error, ask));
-        busy(body, false);
+        fail(error);
+        again(1000 * error.retryAfter);
       }
-      again();
+      busy(body, false);
+      if (own.parts.chosen) busy(own.parts.chosen, false);
     }
 
-    function again() {
+    function again(wait = 0) {
       clearTimeout(own.timer);
       const goes = !own.paused && document.visibilityState === "visible" && !stop.signal.aborted;
-      if (goes) own.timer = setTimeout(ask, EVERY);
+      if (goes) own.timer = setTimeout(ask, Math.max(EVERY, wait));
+    }
+
+    // Said once, however often it fails: its button may be about to be pressed.
+    function fail(error) {
+      if (!own.answer) body.replaceChildren();
+      const said = `${error.message} ${error.retryAfter}`;
+      if (own.failed === said) return;
+      own.failed = said;
+      replace(trouble, problemBox(error, () => { busy(body, true); ask(); }));
     }
 
     function setPaused(paused) {
@@ -124,12 +135,12 @@ export const view = {
       }
       if (seen) drawHeat();
       drawPlots();
-      if (own.parts.chosen) busy(own.parts.chosen, false);
     }
 
     function build(kind) {
       resized.disconnect();
       own.parts = { figures: h("div", { class: "strips" }) };
+      own.strips = new Map();
       const figures = h(
         "section",
         { class: "panel" },
@@ -151,7 +162,8 @@ export const view = {
         own.parts.past = h("div", { class: "plot" });
         own.parts.small = h("div", { class: "small", role: "group", "aria-label": "Layers of this class" });
         own.parts.numbers = h("div", { class: "numbers" });
-        own.parts.classes = h("div");
+        own.parts.few = h("span");
+        own.parts.others = h("p", { class: "muted" });
         const table = h("details", { on: { toggle: (event) => { own.open = event.target.open; drawNumbers(); } } }, h("summary", {}, "As a table"), own.parts.numbers);
         own.parts.chosen = h(
           "section",
@@ -174,7 +186,8 @@ export const view = {
               { class: "panel", "aria-label": "Divergence by layer and class" },
               h("h2", {}, "Divergence less chance, bits ", explained("corrected", "divergence less chance")),
               own.parts.heat,
-              own.parts.classes,
+              h("p", { class: "muted legend" }, h("span", { class: "key beyond" }, "▲"), "beyond chance ", explained("chance"), own.parts.few),
+              own.parts.others,
             ),
             own.parts.chosen,
           ),
@@ -206,13 +219,17 @@ export const view = {
 
     function drawNotes() {
       const { answer } = own;
+      const normal = answer.images > 0 && answer.chosen.reference !== "table's images";
+      const said = JSON.stringify([answer.images > 0 && answer.note, answer.no_activations, answer.reference_note, normal]);
+      if (own.noted === said) return; // its command may be marked, to be copied
+      own.noted = said;
       const command = `parchgrad class-graph build ${answer.name} --data IMAGES`;
       replace(
         notes,
         answer.note && answer.images > 0 && h("p", { class: "note" }, answer.note),
         answer.no_activations && h("p", { class: "note" }, answer.no_activations),
         answer.reference_note && h("p", { class: "note" }, answer.reference_note),
-        answer.images > 0 && answer.chosen.reference !== "table's images" &&
+        normal &&
           h(
             "p",
             { class: "note" },
@@ -242,11 +259,9 @@ export const view = {
       const most = Math.max(STRONGEST, ...classes.flatMap((one) => layers.map((_, i) => corrected(one, i) ?? 0)));
       classes.forEach((one, k) => layers.forEach((layer, i) => paint(own.cells.get(`${i},${k}`), one, i, most)));
       const few = classes.slice(1).filter((one) => one.images < answer.fewest_images).length;
-      replace(
-        own.parts.classes,
-        h("p", { class: "muted legend" }, h("span", { class: "key beyond" }, "▲"), "beyond chance ", explained("chance"), " · – fewer than ", String(answer.fewest_images), " images", few ? ` (${few} ${few === 1 ? "class" : "classes"} so far)` : ""),
-        answer.images_of_others > 0 && h("p", { class: "muted" }, `${images(answer.images_of_others)} of classes not kept apart count in “all classes” only (PARCHGRAD_WATCH_CLASSES).`),
-      );
+      own.parts.few.textContent = `· – fewer than ${answer.fewest_images} images${few ? ` (${few} ${few === 1 ? "class" : "classes"} so far)` : ""}`;
+      own.parts.others.hidden = !answer.images_of_others;
+      own.parts.others.textContent = `${images(answer.images_of_others)} of classes not kept apart count in “all classes” only (PARCHGRAD_WATCH_CLASSES).`;
     }
 
     function cell(one, k, layer, i) {
@@ -269,6 +284,7 @@ export const view = {
     }
 
     function move(event, i, k) {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
       const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
       if (!step) return;
       event.preventDefault();
@@ -359,25 +375,26 @@ export const view = {
 
     function drawFigures() {
       const { answer } = own;
-      replace(
-        own.parts.figures,
-        answer.figures.map((figure) => {
-          const [name, term] = FIGURES[figure.name];
-          const last = figure.history.at(-1);
-          const said = last ? three(last.quantiles[2]) : "–";
-          return h(
-            "div",
-            { class: "strip" },
-            h("h3", {}, name, " ", explained(term, name)),
-            h("p", { class: "last" }, h("span", { class: "number" }, said), h("span", { class: "muted" }, last ? ` last, of ${last.maps} ${last.maps === 1 ? "map" : "maps"}` : " no map yet")),
-            stripPlot(figure, answer, name),
-          );
-        }),
-      );
+      for (const figure of answer.figures) {
+        const [name] = FIGURES[figure.name];
+        if (!own.strips.has(figure.name)) own.strips.set(figure.name, strip(...FIGURES[figure.name]));
+        const parts = own.strips.get(figure.name);
+        const last = figure.history.at(-1);
+        replace(parts.last, h("span", { class: "number" }, last ? three(last.quantiles[2]) : "–"), h("span", { class: "muted" }, last ? ` last, of ${last.maps} ${last.maps === 1 ? "map" : "maps"}` : " no map yet"));
+        replace(parts.plot, stripPlot(figure, answer, name));
+      }
+    }
+
+    // Made once: its "?" may be open when the next answer comes.
+    function strip(name, term) {
+      const parts = { last: h("p", { class: "last" }), plot: h("div") };
+      own.parts.figures.append(h("div", { class: "strip" }, h("h3", {}, name, " ", explained(term, name)), parts.last, parts.plot));
+      return parts;
     }
 
     const seen = () => (document.visibilityState === "visible" && !own.paused ? ask() : clearTimeout(own.timer));
     document.addEventListener("visibilitychange", seen);
+    busy(body, true);
     ask();
     return {
       update(state, changed) {
@@ -393,100 +410,10 @@ export const view = {
   },
 };
 
-// --- plots --------------------------------------------------------------------------------------------------
-
-const clock = (start) => new Date(1000 * start).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
 const row = (tag, ...cells) => h("tr", {}, cells.map((one, i) => h(tag, i && tag === "td" ? { class: "number" } : {}, String(one))));
 
 function binName(edges, bin) {
   if (bin === 0) return `below ${edges[1]}`;
   if (bin === edges.length - 2) return `above ${edges[bin]}`;
   return `${edges[bin]} to ${edges[bin + 1]}`;
-}
-
-// Shares of the bins as filled steps: the reference, and over it what was seen. `label` null: without axis, for a button.
-function densityPlot(answer, i, width, height, label) {
-  const { live, reference, values } = answer.distributions[i];
-  const shares = live.map((count) => (values ? count / values : 0));
-  const below = label === null ? 2 : 34;
-  const x = d3.scaleLinear([answer.edges[0], answer.edges.at(-1)], [2, width - 2]);
-  const y = d3.scaleLinear([0, Math.max(...shares, ...reference) || 1], [height - below, 4]);
-  const stepped = (of) => answer.edges.map((edge, bin) => [edge, of[Math.min(bin, of.length - 1)]]);
-  const area = d3.area().x((d) => x(d[0])).y0(y(0)).y1((d) => y(d[1])).curve(d3.curveStepAfter);
-  const line = d3.line().x((d) => x(d[0])).y((d) => y(d[1])).curve(d3.curveStepAfter);
-  const plot = s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: label === null ? "presentation" : "img", "aria-label": label && `Activations of recent images and of the reference. ${label}` });
-  plot.append(s("path", { class: "known", d: area(stepped(reference)) }), s("path", { class: "known-line", d: line(stepped(reference)) }));
-  if (values) plot.append(s("path", { class: "live", d: area(stepped(shares)) }), s("path", { class: "live-line", d: line(stepped(shares)) }));
-  if (label === null) return plot;
-  const axis = s("g", { class: "axis", transform: `translate(0 ${height - below})` });
-  d3.select(axis).call(d3.axisBottom(x).ticks(Math.max(4, width / 80)).tickSizeOuter(0));
-  plot.append(axis, s("text", { class: "caption", x: width / 2, y: height - 4, "text-anchor": "middle" }, "deviations from the table's mean"));
-  return plot;
-}
-
-// From the first piece of time in which anything was seen, and over six pieces at least, to now.
-function timeScale(answer, left, right) {
-  const seen = [...answer.history.filter((one) => one.images), ...answer.figures.flatMap((one) => one.history)];
-  const now = answer.history.at(-1).start + answer.bucket_seconds;
-  const from = Math.min(now - 6 * answer.bucket_seconds, ...seen.map((one) => one.start));
-  return d3.scaleTime([new Date(1000 * from), new Date(1000 * now)], [left, right]);
-}
-
-const middle = (one, answer) => new Date(1000 * (one.start + answer.bucket_seconds / 2));
-
-function pastPlot(answer, i, width, height) {
-  const said = answer.history.filter((one) => one.divergence[i] !== null);
-  if (!said.length)
-    return h("p", { class: "muted" }, `No ${answer.bucket_seconds === 3600 ? "hour" : `${answer.bucket_seconds / 60} minutes`} yet in which ${answer.fewest_images} images of it were looked at.`);
-  const bounded = answer.chosen.reference === "table's images";
-  const [left, below] = [34, 22];
-  const x = timeScale(answer, left, width - 6);
-  const top = Math.max(0.02, ...said.map((one) => Math.max(one.divergence[i], bounded ? one.bound[i] : 0)));
-  const y = d3.scaleLinear([0, top], [height - below, 8]).nice(4);
-  const last = said.at(-1);
-  const plot = s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Divergence over time: ${said.length} values, the last ${three(last.divergence[i])} bits at ${clock(last.start)}; the table below has all.` });
-  const of = (value) => d3.line().defined((one) => one.divergence[i] !== null).x((one) => x(middle(one, answer))).y(value);
-  const bottom = s("g", { class: "axis", transform: `translate(0 ${height - below})` });
-  const side = s("g", { class: "axis", transform: `translate(${left} 0)` });
-  d3.select(bottom).call(d3.axisBottom(x).ticks(Math.max(2, width / 110)).tickFormat((date) => clock(date / 1000)).tickSizeOuter(0));
-  d3.select(side).call(d3.axisLeft(y).ticks(3).tickSizeOuter(0));
-  plot.append(bottom, side);
-  if (bounded) {
-    const reach = d3.area().defined((one) => one.divergence[i] !== null).x((one) => x(middle(one, answer))).y0(y(0)).y1((one) => y(one.bound[i]));
-    plot.append(s("path", { class: "chance", d: reach(answer.history) }));
-    plot.append(...said.map((one) => s("line", { class: "chance-line", x1: x(middle(one, answer)) - 4, x2: x(middle(one, answer)) + 4, y1: y(one.bound[i]), y2: y(one.bound[i]) })));
-  }
-  plot.append(s("path", { class: "past", d: of((one) => y(one.divergence[i]))(answer.history) }));
-  for (const one of said)
-    plot.append(s("circle", { class: bounded && one.divergence[i] > one.bound[i] ? "dot beyond" : "dot", cx: x(middle(one, answer)), cy: y(one.divergence[i]), r: 3 }, s("title", {}, `${clock(one.start)}: ${three(one.divergence[i])} bits, ${images(one.images)}`)));
-  return plot;
-}
-
-function stripPlot(figure, answer, name) {
-  const [width, height] = [240, 56];
-  if (!figure.history.length) return s("svg", { viewBox: `0 0 ${width} ${height}`, role: "presentation" });
-  const x = timeScale(answer, 4, width - 4);
-  const all = figure.history.flatMap((one) => one.quantiles.slice(1, 4));
-  const [low, high] = [Math.min(...all), Math.max(...all)];
-  const room = Math.max(0.05, high - low) * 0.15;
-  const y = d3.scaleLinear([Math.max(figure.lowest, low - room), Math.min(figure.highest, high + room)], [height - 5, 5]);
-  const at = (one) => x(middle(one, answer));
-  const band = d3.area().x(at).y0((one) => y(one.quantiles[1])).y1((one) => y(one.quantiles[3]));
-  const line = d3.line().x(at).y((one) => y(one.quantiles[2]));
-  const [a, b] = y.domain();
-  return h(
-    "div",
-    { class: "range" },
-    s(
-      "svg",
-      { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${name} over time: median ${three(figure.quantiles[2])} of ${figure.maps} maps, the middle half from ${three(figure.quantiles[1])} to ${three(figure.quantiles[3])}.` },
-      s("path", { class: "band", d: band(figure.history) }),
-      s("path", { class: "past", d: line(figure.history) }),
-      figure.history.map((one) => [
-        s("line", { class: "spread", x1: at(one), x2: at(one), y1: y(one.quantiles[1]), y2: y(one.quantiles[3]) }),
-        s("circle", { class: "dot", cx: at(one), cy: y(one.quantiles[2]), r: 2.5 }, s("title", {}, `${clock(one.start)}: ${three(one.quantiles[2])}`)),
-      ]),
-    ),
-    h("span", { class: "ends muted", "aria-hidden": "true" }, h("span", {}, b.toFixed(2)), h("span", {}, a.toFixed(2))),
-  );
 }

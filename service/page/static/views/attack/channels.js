@@ -7,7 +7,7 @@ const MOST_LAYERS = 8; // shown at first
 const [WIDTH, HEIGHT] = [720, 190];
 const EDGE = { left: 44, right: 12, top: 12, bottom: 26 };
 
-export const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 
 const KINDS = {
   old: (answer) => `selected for ${answer.old.label}`,

@@ -14,15 +14,23 @@ export function strengthWords(strength) {
 }
 
 // `pictures`: what the graph keeps of exemplars, or undefined; `build`: the command that makes the graph.
-export function channelPanel(app, { pictures, build, onClass, onChannel }) {
-  const node = h("section", { class: "panel channel-panel", "aria-live": "polite", "aria-label": "Channel" });
+export function channelPanel(app, { pictures, build, signal, onClass, onChannel }) {
+  const node = h("section", { class: "panel channel-panel", "aria-label": "Channel" });
   const known = new Map();
   let [timer, shown] = [null, null];
 
   function hint(text) {
     clearTimeout(timer);
     shown = null;
-    replace(node, h("h2", {}, "A channel"), h("p", { class: "muted" }, text));
+    busy(node, false);
+    put(h("h2", { tabindex: -1 }, "A channel"), h("p", { class: "muted" }, text));
+  }
+
+  // What is replaced may hold the focus: the heading then takes it.
+  function put(title, ...rest) {
+    const focused = node.contains(document.activeElement);
+    replace(node, title, ...rest);
+    if (focused) title.focus();
   }
 
   // `at once`: chosen, and not only passed over by the pointer.
@@ -36,10 +44,10 @@ export function channelPanel(app, { pictures, build, onClass, onChannel }) {
     const { model, version } = app.store.get();
     shown = channel.key;
     const body = h("div", { class: "stack" });
-    replace(node, heading(channel), strengths(channel, classes), influences(channel), body);
+    put(heading(channel), strengths(channel, classes), influences(channel), body);
     busy(node, true);
     try {
-      const answer = known.get(channel.key) ?? (await app.api.get(path(["models", model, "class-graph", "channels", channel.layer, channel.channel], version), { lane: "class channel" }));
+      const answer = known.get(channel.key) ?? (await app.api.get(path(["models", model, "class-graph", "channels", channel.layer, channel.channel], version), { signal, lane: "class channel" }));
       known.set(channel.key, answer);
       if (shown !== channel.key) return;
       replace(body, crops(channel, answer), serves(answer, classes));
@@ -50,7 +58,7 @@ export function channelPanel(app, { pictures, build, onClass, onChannel }) {
     }
   }
 
-  const heading = (channel) => h("h2", {}, `Channel ${channel.channel}`, h("span", { class: "muted" }, ` of ${channel.layer}`));
+  const heading = (channel) => h("h2", { tabindex: -1 }, `Channel ${channel.channel}`, h("span", { class: "muted" }, ` of ${channel.layer}`));
 
   function strengths(channel, classes) {
     return h(
@@ -99,7 +107,7 @@ export function channelPanel(app, { pictures, build, onClass, onChannel }) {
     const strip = h("div", { class: "crops", role: "img", "aria-label": `The ${answer.exemplars} crops of training images that excite channel ${channel.channel} of ${channel.layer} most` });
     const { model, version } = app.store.get();
     app.api
-      .get(path(["models", model, "class-graph", "exemplars", channel.layer, channel.channel], version), { accept: "image/*", lane: "class crops" })
+      .get(path(["models", model, "class-graph", "exemplars", channel.layer, channel.channel], version), { accept: "image/*", signal, lane: "class crops" })
       .then(createImageBitmap)
       .then((bitmap) => {
         const side = bitmap.height;
@@ -122,8 +130,12 @@ export function channelPanel(app, { pictures, build, onClass, onChannel }) {
         answer.classes.slice(0, most).map((one) =>
           h("li", {}, h("button", { type: "button", class: "bar", "aria-current": [classes.aIndex, classes.bIndex].includes(one.index) && "true", on: { click: () => onClass(one.index) } }, h("span", { class: "fill", style: { width: `${100 * one.strength}%` } }), h("span", { class: "label" }, one.label), h("span", { class: "number" }, one.strength.toFixed(2)))),
         ),
-        most < answer.classes.length && h("li", {}, h("button", { type: "button", class: "ghost", on: { click: () => draw(answer.classes.length) } }, `Show all ${answer.classes.length}`)),
+        most < answer.classes.length && h("li", {}, h("button", { type: "button", class: "ghost", on: { click: showAll } }, `Show all ${answer.classes.length}`)),
       );
+    const showAll = () => {
+      draw(answer.classes.length);
+      list.children[FEW].firstChild.focus();
+    };
     draw(FEW);
     const all = answer.classes_in_all;
     return h("div", {}, h("h3", {}, `Serves ${all} ${all === 1 ? "class" : "classes"} `, explained("serves")), list, all > answer.classes.length && h("p", { class: "muted" }, `The ${answer.classes.length} strongest of ${all}.`));

@@ -1,12 +1,11 @@
 // The drawing of a class's graph: layers as rows, channels as shapes, influences as curves. Asks the service nothing.
 
-import { h, oncePerFrame, replace, s } from "../../dom.js";
+import { h, oncePerFrame, replace, s, still } from "../../dom.js";
 import { ROW, SCALE } from "./order.js";
 
 const PAD = 26;
 const WIDTHS = 6; // of curves that are drawn as one: a thousand elements would be slow
-const SHAPES = { one: "symbolCircle", shared: "symbolCircle", a: "symbolSquare", b: "symbolTriangle" };
-const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+export const SHAPES = { one: "symbolCircle", shared: "symbolCircle", a: "symbolSquare", b: "symbolTriangle" };
 
 // `onLook(node)`: what the pointer or the focus came upon, while nothing is picked; `onPick(node | null)`: what was clicked, Enter or Escape;
 // `nameOf(node)`: what a screen reader says of a channel.
@@ -154,6 +153,7 @@ export function classDrawing({ onLook, onPick, nameOf }) {
     look(key);
   });
   svg.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own
     const key = keyAt(event);
     const act = { "+": () => by(1.4), "=": () => by(1.4), "-": () => by(1 / 1.4), 0: fit, Escape: () => pick(null) }[event.key];
     if (act) act();
@@ -200,7 +200,7 @@ export function classDrawing({ onLook, onPick, nameOf }) {
 
   const tool = (label, text, click) => h("button", { type: "button", class: "ghost", "aria-label": label, title: label, on: { click } }, text);
   const tools = h("div", { class: "zoom-tools", role: "group", "aria-label": "Zoom" }, tool("Zoom in", "+", () => by(1.4)), tool("Zoom out", "−", () => by(1 / 1.4)), tool("Show all", "⤢", fit));
-  return { svg, tools, show, room, dress, fit, pick, release: () => { [picked, moved, elements] = [null, false, new Map()]; nodeLayer.replaceChildren(); }, unmount: () => observer.disconnect() };
+  return { svg, tools, show, room, dress, pick, release: () => { [picked, moved, elements] = [null, false, new Map()]; nodeLayer.replaceChildren(); }, unmount: () => observer.disconnect() };
 }
 
 function curve({ from, to }) {

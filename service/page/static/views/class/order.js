@@ -4,7 +4,7 @@ export const ROW = 66; // from one layer to the next
 const STEP = [50, 150]; // from one channel to the next, at least and at most
 export const SCALE = [0.42, 1.5]; // at which a drawing opens: below, nothing of it can be made out
 
-export const keyOf = (layer, channel) => `${layer}/${channel}`;
+const keyOf = (layer, channel) => `${layer}/${channel}`;
 
 // The layers take turns, each giving its next one, the best first: the service's own order (`nodes=`).
 function inTurn(items, layerOf, worth) {
@@ -20,7 +20,7 @@ function inTurn(items, layerOf, worth) {
 
 // How strong a channel is for whom, and whose it is: {key, layer, channel, side, strength: {a, b}, size, …}.
 // `layers`: the graph's; `a`, `b`: answers of a class (`b` null: one alone); `comparison`: the service's.
-export function channelsOf(layers, a, b, comparison) {
+function channelsOf(layers, a, b, comparison) {
   const place = new Map(layers.map((layer, i) => [layer.name, i]));
   const sides = new Map();
   for (const layer of comparison?.layers ?? [])

@@ -1,11 +1,10 @@
 // All classes on a plane, near where their channels are alike: points on a canvas, names where there is room for them.
 
-import { announce, h, oncePerFrame, replace } from "../../dom.js";
+import { announce, h, oncePerFrame, replace, still } from "../../dom.js";
 
 const PAD = 22;
 const NAMES = 40; // drawn at once beside those that are chosen or pointed at
 const REACH = 22; // pixels from which a point is hit
-const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 // `classes`: [{index, label, x, y}]; `onPick(index)`, `onCompare(index)`: clicked, or clicked with Shift.
 export function classPlaces({ classes, onPick, onCompare }) {
@@ -151,13 +150,14 @@ export function classPlaces({ classes, onPick, onCompare }) {
     if (one) (event.shiftKey ? onCompare : onPick)(one.index);
   });
   canvas.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own
     const direction = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (direction) go(direction);
     else if (event.key === "+" || event.key === "=") by(1.5);
     else if (event.key === "-") by(1 / 1.5);
     else if (event.key === "0") all();
     else if (event.key === "Enter" && cursor) onPick(cursor.index);
-    else if (event.key.toLowerCase() === "c" && cursor && !event.ctrlKey && !event.metaKey) onCompare(cursor.index);
+    else if (event.key.toLowerCase() === "c" && cursor) onCompare(cursor.index);
     else return;
     event.preventDefault();
   });

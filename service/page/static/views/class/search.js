@@ -14,7 +14,7 @@ export function classSearch({ label, classes, value = null, clear = null, placeh
     "aria-expanded": "false", "aria-controls": listId, "aria-autocomplete": "list",
   });
   const list = h("ul", { id: listId, class: "found", role: "listbox", "aria-label": label, hidden: true });
-  const empty = clear && h("button", { type: "button", class: "ghost clear", "aria-label": clear, title: clear, on: { click: () => pick(null) } }, "×");
+  const empty = clear && h("button", { type: "button", class: "ghost clear", "aria-label": clear, title: clear, on: { click: () => { pick(null); input.focus(); } } }, "×");
   const node = h("div", { class: "class-search" }, h("label", { for: inputId }, label), h("div", { class: "field" }, input, empty), list);
   let [shown, active, chosen] = [[], -1, value];
 

@@ -11,7 +11,7 @@ export const METHOD_OF = {
   noise_seed: "smoothgrad",
 };
 export const WITHOUT_RULE = ["grad_cam"];
-export const DRAWN = ["colormap", "overlay", "clip_lower", "clip_upper", "outline", "opacity"];
+const DRAWN = ["colormap", "overlay", "clip_lower", "clip_upper", "outline", "opacity"];
 const SHOWN = 5; // predictions of an answer
 const MOST_VALUES = 12e6; // of the maps kept, 48 MB: 730 of the bundled model's, 240 of 224 x 224
 
@@ -43,7 +43,11 @@ export function fieldsOf(state, { target = state.target, options = state.options
   };
 }
 
-// {explain(image, fields, signal), kept(image, fields), picture(image, fields, drawing, signal), predict(…)}
+// The class that a record's map is of, or would be; undefined where the answer does not name it.
+export const targetOf = ({ explanation, fields }, predictions) =>
+  explanation?.target ?? (fields.target === "predicted" ? predictions[0] : predictions.find((one) => String(one.index) === fields.target));
+
+// {explain(image, fields, signal), kept(image, fields), picture(image, fields, drawing, signal), predictions(image, fields, count)}
 // `labels`: a function that gives the number of classes of the model.
 export function createAsker(api, labels) {
   const kept = new Map(); // oldest first
@@ -64,7 +68,8 @@ export function createAsker(api, labels) {
   return {
     kept: (image, fields) => kept.get(keyOf(image, fields)) ?? null,
 
-    // {answer, result, explanation, map, ms, fields, image}; `map` is null where the explanation's status is not ok.
+    // {answer, result, explanation, map, ms, fields, image}; `map` is null where the explanation's status is not ok. Of
+    // the image what names it: its pixels would be kept as long as the map.
     async explain(image, fields, signal) {
       const key = keyOf(image, fields);
       if (kept.has(key)) return kept.get(key);
@@ -74,7 +79,8 @@ export function createAsker(api, labels) {
       const [result] = answer.results;
       const { explanation } = result;
       const map = explanation?.status === "ok" ? decodeMap(explanation.saliency) : null;
-      const record = { answer, result, explanation, map, ms, fields, image };
+      const { id, file, name } = image;
+      const record = { answer, result, explanation, map, ms, fields, image: { id, file, name } };
       if (map) keep(key, record);
       return record;
     },

@@ -2,18 +2,18 @@
 
 import { explained } from "../../components.js";
 import { h, percent, replace } from "../../dom.js";
-import { isAbort } from "../../api.js";
-import { fieldsOf, newestWins } from "./asking.js";
+import { asProblem, isAbort } from "../../api.js";
+import { fieldsOf, newestWins, targetOf } from "./asking.js";
 import { difference, drawDifference } from "./contrast.js";
 import { classSearch } from "./predictions.js";
 import { createStage, number, reading } from "./stage.js";
 import { noMap } from "./status.js";
 
-export function createClasses(app, { asker, onPoint, onRival }) {
+export function createClasses(app, { asker, pin, onPoint, onRival }) {
   const lane = newestWins();
   const labels = () => app.store.get().info.labels;
   const kinds = ["A", "B", "A − B"].map((name) => {
-    const stage = createStage({ label: `Map of ${name}`, least: 256, most: 420, small: true, onPoint });
+    const stage = createStage({ label: `Map of ${name}`, least: 256, most: 420, small: true, pin, onPoint });
     const title = h("span", {});
     const figures = h("p", { class: "at muted" });
     return { name, stage, title, figures, node: h("figure", { class: "tile figure" }, h("figcaption", {}, h("strong", { class: "letter" }, name), " ", title), stage.node, figures) };
@@ -35,7 +35,7 @@ export function createClasses(app, { asker, onPoint, onRival }) {
 
   // `first`: the record of A, which the view has; B is the best of the other predictions where none is chosen.
   function update(state, backdrop, first, predictions, hurry) {
-    const target = first.explanation.target;
+    const target = targetOf(first, predictions);
     const best = predictions.find((one) => one.index !== target?.index);
     const chosen = state.rival === null || state.rival === undefined ? best?.index : Number(state.rival);
     last = { state, backdrop };
@@ -59,7 +59,7 @@ export function createClasses(app, { asker, onPoint, onRival }) {
         if (isAbort(error) || signal.aborted) return;
         records = null;
         b.stage.draw({ bitmap: backdrop.bitmap, box: backdrop.box });
-        b.stage.notice(h("p", { class: "problem", role: "alert" }, error.message));
+        b.stage.notice(h("p", { class: "problem", role: "alert" }, asProblem(error).message));
       } finally {
         if (!signal.aborted) node.classList.remove("waiting");
       }
@@ -72,7 +72,7 @@ export function createClasses(app, { asker, onPoint, onRival }) {
     const { drawing, palettes } = state;
     const { first, second, third } = records;
     for (const [kind, record] of [[a, first], [b, second]]) {
-      const { target } = record.explanation;
+      const target = targetOf(record, record.result.predictions);
       kind.stage.draw({ bitmap: backdrop.bitmap, box: backdrop.boxOf(record), map: record.map, drawing, palette: palettes[drawing.colormap] });
       kind.stage.notice(record.map ? null : noMap(record.explanation));
       replace(kind.title, target ? `${target.label}, ${percent(target.probability)}` : labels()[Number(record.fields.target)]);

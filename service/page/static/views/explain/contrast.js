@@ -1,10 +1,9 @@
 // The difference of two maps and its drawing: orange where the first has more of its share, blue where the second has.
 
-import { areaOf, drawPlain, percentile, smoothedMap, spread } from "../../map.js";
+import { areaOf, DIMMED, drawPlain, greyOf, percentile, smoothedMap, spread } from "../../map.js";
 
 const MORE = [255, 140, 26]; // orange and blue: apart for every kind of colour blindness, and as bright
 const LESS = [64, 150, 255];
-const DIMMED = 0.65;
 
 // a / sum(a) - b / sum(b): a map like those, of both signs.
 export function difference(a, b) {
@@ -29,7 +28,7 @@ export function drawDifference(context, image, map, box, drawing) {
   for (let i = 0, p = 0; i < strong.length; i++, p += 4) {
     const colour = strong[i] > 0 ? MORE : LESS;
     const weight = Math.abs(strong[i]) ** 0.7;
-    const base = DIMMED * ((data[p] * 19595 + data[p + 1] * 38470 + data[p + 2] * 7471 + 32768) >> 16);
+    const base = DIMMED * greyOf(data, p);
     for (let c = 0; c < 3; c++) data[p + c] += (base + (colour[c] - base) * weight - data[p + c]) * drawing.opacity;
   }
   context.putImageData(pixels, area.x, area.y);

@@ -1,7 +1,7 @@
 // A request as a line for a POSIX shell. Whatever a file or an option is called, it stays one word of the line.
 
 // A word of the line: in single quotes unless it needs none.
-export const quoted = (text) => (/^[A-Za-z0-9_./:=@%+-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
+const quoted = (text) => (/^[A-Za-z0-9_./:=@%+-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
 
 // curl reads a file's name up to ';' or ','; in double quotes it reads all of it, with '"' and '\' escaped. './' keeps
 // '-' from meaning standard input.

@@ -51,7 +51,7 @@ export function createFiles(app, { record, canvas }) {
     h("div", { class: "row" }, buttons),
     trouble,
     h("div", { class: "row curl-head" }, h("span", { class: "muted" }, "The line", " ", explained("curl", "this line")), as.node, copy),
-    h("pre", { class: "curl", tabindex: 0, "aria-label": "curl line" }, code),
+    h("pre", { class: "curl", tabindex: 0, role: "group", "aria-label": "curl line" }, code),
   );
 
   async function fetched(name) {

@@ -79,7 +79,8 @@ export function createMaking({ info, change }) {
   };
 }
 
-// The quantile, below the picture: {node, update(state), stop(), end()}. `frame(quantile)` resolves once that frame is drawn.
+// The quantile, below the picture: {node, update(state), stop(), end()}. `frame(quantile,
+// signal)` resolves once that frame is drawn.
 const SWEEP = [0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1];
 const FRAME = 140; // ms of a frame; the first time the service's answer may take longer
 
@@ -99,7 +100,7 @@ export function createQuantile({ info, change, frame }) {
   const node = h("div", { class: "quantile" }, play, control.node, why);
   let playing = false;
   let at = 0;
-  let run = 0;
+  let ends = null; // of the sweep that plays
 
   function show() {
     play.textContent = playing ? "❚❚" : "▶";
@@ -111,19 +112,19 @@ export function createQuantile({ info, change, frame }) {
     const current = Number(control.input.value);
     at = SWEEP.findIndex((one) => one > current + 1e-9);
     if (at < 0) at = 0;
-    playing = !still.matches;
-    show();
-    const own = ++run;
     if (still.matches) return settle(SWEEP[at]);
-    while (playing && own === run) {
+    playing = true;
+    show();
+    const { signal } = (ends = new AbortController());
+    while (!signal.aborted) {
       const began = performance.now();
-      const drawn = await frame(SWEEP[at]);
-      if (!drawn || own !== run) break;
+      const drawn = await frame(SWEEP[at], signal);
+      if (!drawn || signal.aborted) break;
       control.set(SWEEP[at]);
       await new Promise((done) => setTimeout(done, Math.max(0, FRAME - (performance.now() - began))));
       at = (at + 1) % SWEEP.length;
     }
-    if (own === run) stop();
+    if (!signal.aborted) stop();
   }
   function settle(quantile) {
     control.set(quantile);
@@ -134,7 +135,7 @@ export function createQuantile({ info, change, frame }) {
     settle(Number(control.input.value));
   }
   function stop() {
-    run++;
+    ends?.abort();
     playing = false;
     show();
   }

@@ -1,7 +1,8 @@
 // Many pictures at once: a grid that fills as the answers come, each picture with its own map or its own error.
 
 import { announce, h, percent, replace } from "../../dom.js";
-import { isAbort } from "../../api.js";
+import { asProblem, isAbort } from "../../api.js";
+import { lasts } from "../../components.js";
 import { decodeMap, drawOverlay, drawPlain } from "../../map.js";
 import { drawnOf, fieldsOf } from "./asking.js";
 import { save } from "./files.js";
@@ -10,10 +11,8 @@ const AT_ONCE = 2; // questions under way
 const SIDE = 220; // pixels of a tile's longer side
 const PATIENCE = 3; // times a busy service is asked again for one picture
 const BUSY = ["queue_full", "rate_limited", "not_ready"];
+const BUDGET = 12; // ms of a frame for drawing tiles anew
 const SETTLED = 300; // ms without a further change of the options, before all pictures are asked about anew
-
-// What asking again would not change: the fault is the picture's own.
-const lasting = ({ code }) => code.startsWith("image_");
 
 export function createMany(app, { asker, onOpen }) {
   const grid = h("ul", { class: "grid" });
@@ -28,15 +27,18 @@ export function createMany(app, { asker, onOpen }) {
   let stopped = false;
   let asked = "";
   let settling = 0;
+  const stale = new Set(); // tiles whose drawing is an older one
+  let redrawing = false;
 
   // Begins anew where the pictures or the options are other ones; drawing needs no answer.
   function update(state, hurry) {
     const key = JSON.stringify([state.images.map((one) => one.id), fieldsOf(state)]);
-    if (key === asked) return tiles.forEach((tile) => tile.record && draw(tile));
+    if (key === asked) return redraw();
     clearTimeout(settling);
     if (asked && !hurry) return (settling = setTimeout(() => update(app.store.get(), true), SETTLED));
     asked = key;
     ends?.abort();
+    stale.clear();
     tiles = state.images.map(createTile);
     replace(grid, tiles.map((tile) => tile.node));
     start();
@@ -47,7 +49,23 @@ export function createMany(app, { asker, onOpen }) {
     const text = h("span", { class: "what muted" }, "waiting");
     const name = h("span", { class: "name" }, image.name);
     const button = h("button", { type: "button", class: "ghost", on: { click: () => onOpen(image) } }, canvas, name, text);
-    return { image, canvas, text, node: h("li", {}, button), record: null, problem: null, done: false };
+    return { image, canvas, text, node: h("li", {}, button), small: undefined, record: null, map: null, problem: null, done: false };
+  }
+
+  // A few tiles a frame, however fast a slider moves: each as is chosen when its turn comes.
+  async function redraw() {
+    for (const tile of tiles) if (tile.record) stale.add(tile);
+    if (redrawing) return;
+    redrawing = true;
+    let began = performance.now();
+    for (const tile of stale) {
+      stale.delete(tile);
+      await draw(tile).catch((error) => isAbort(error) || replace(tile.text, `✕ ${asProblem(error).message}`));
+      if (performance.now() - began < BUDGET) continue;
+      await new Promise(requestAnimationFrame);
+      began = performance.now();
+    }
+    redrawing = false;
   }
 
   // Asks about every picture that has no answer yet, or a fault that may have passed.
@@ -58,7 +76,7 @@ export function createMany(app, { asker, onOpen }) {
     const { signal } = ends;
     const state = app.store.get();
     const fields = { ...fieldsOf(state), saliency: "float16" };
-    const waiting = tiles.filter((tile) => !tile.done || (tile.problem && !lasting(tile.problem)));
+    const waiting = tiles.filter((tile) => !tile.done || (tile.problem && !lasts(tile.problem)));
     for (const tile of waiting) Object.assign(tile, { done: false, problem: null });
     summary();
     const work = async () => {
@@ -76,9 +94,9 @@ export function createMany(app, { asker, onOpen }) {
       await draw(tile);
     } catch (error) {
       if (isAbort(error) || signal.aborted) return;
-      tile.problem = error;
+      tile.problem = asProblem(error);
       tile.node.classList.add("failed");
-      replace(tile.text, `✕ ${error.message}`);
+      replace(tile.text, `✕ ${tile.problem.message}`);
       await plainly(tile);
     } finally {
       tile.node.classList.remove("waiting");
@@ -103,7 +121,6 @@ export function createMany(app, { asker, onOpen }) {
     const [result] = tile.record.results;
     const best = result.predictions[0];
     const { explanation } = result;
-    const { drawing, palettes } = app.store.get();
     tile.node.classList.remove("failed");
     if (explanation.status !== "ok") {
       replace(tile.text, `${best.label} ${percent(best.probability)} · no map: ${explanation.reason ?? explanation.error.message}`);
@@ -111,43 +128,36 @@ export function createMany(app, { asker, onOpen }) {
     }
     const { target, transform, saliency } = explanation;
     replace(tile.text, `${target.label} ${percent(target.probability)}${target.index === best.index ? "" : ` (says ${best.label})`}`);
-    const drawnHere = await shown(tile, (context, bitmap) => drawOverlay(context, bitmap, decodeMap(saliency), transform.crop_box, drawing, palettes[drawing.colormap]));
+    tile.map ??= decodeMap(saliency);
+    const [width, height] = transform.original_size;
+    const drawnHere = await shown(tile, (context, small) => {
+      const { drawing, palettes } = app.store.get();
+      const box = transform.crop_box.map((edge, i) => (i % 2 ? (edge * small.height) / height : (edge * small.width) / width));
+      drawOverlay(context, small, tile.map, box, drawing, palettes[drawing.colormap]);
+    });
     if (drawnHere) return;
     // A kind of file that the browser cannot show: the service draws it.
-    const bitmap = await asker.picture(tile.image, fieldsOf(app.store.get(), { target: target.index }), drawnOf(drawing), ends.signal);
+    const bitmap = await asker.picture(tile.image, fieldsOf(app.store.get(), { target: target.index }), drawnOf(app.store.get().drawing), ends.signal);
     fit(tile.canvas, bitmap);
     tile.canvas.getContext("2d").drawImage(bitmap, 0, 0, tile.canvas.width, tile.canvas.height);
   }
 
   const plainly = (tile) => shown(tile, drawPlain);
 
-  // The picture is decoded for its tile alone and let go: hundreds of photographs would not fit. False where the browser
-  // cannot decode it.
+  // False where the browser cannot decode the picture.
   async function shown(tile, paint) {
-    let bitmap = tile.image.bitmap;
-    const own = !bitmap;
-    try {
-      bitmap ??= await createImageBitmap(tile.image.file, { imageOrientation: "from-image", colorSpaceConversion: "none" });
-    } catch {
-      return false;
-    }
-    fit(tile.canvas, bitmap);
-    paint(tile.canvas.getContext("2d", { willReadFrequently: true }), bitmap);
-    if (own) bitmap.close();
+    if (tile.small === undefined) tile.small = await smallOf(tile.image).catch(() => null);
+    if (!tile.small) return false;
+    fit(tile.canvas, tile.small);
+    paint(tile.canvas.getContext("2d", { willReadFrequently: true }), tile.small);
     return true;
-  }
-
-  function fit(canvas, { width, height }) {
-    const scale = SIDE / Math.max(width, height);
-    canvas.width = Math.max(1, Math.round(width * scale));
-    canvas.height = Math.max(1, Math.round(height * scale));
   }
 
   function summary() {
     const done = tiles.filter((tile) => tile.done).length;
     const failed = tiles.filter((tile) => tile.problem).length;
     const over = done === tiles.length;
-    const passing = tiles.some((tile) => tile.problem && !lasting(tile.problem));
+    const passing = tiles.some((tile) => tile.problem && !lasts(tile.problem));
     bar.max = tiles.length;
     bar.value = done;
     said.textContent = `${done} of ${tiles.length} done${failed ? `, ${failed} failed` : ""}${stopped && !over ? ", cancelled" : ""}`;
@@ -171,4 +181,22 @@ export function createMany(app, { asker, onOpen }) {
   }
 
   return { node, update, stop: () => stop(false) };
+}
+
+// The picture in the tile's size, which is kept; the whole is let go: hundreds of photographs would not fit.
+async function smallOf({ bitmap, file }) {
+  const whole = bitmap ?? (await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none" }));
+  const small = new OffscreenCanvas(1, 1);
+  fit(small, whole);
+  const context = small.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(whole, 0, 0, small.width, small.height);
+  if (!bitmap) whole.close();
+  return small;
+}
+
+function fit(canvas, { width, height }) {
+  const scale = SIDE / Math.max(width, height);
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
 }

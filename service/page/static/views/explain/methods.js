@@ -2,8 +2,8 @@
 
 import { explained } from "../../components.js";
 import { h, replace } from "../../dom.js";
-import { isAbort } from "../../api.js";
-import { fieldsOf, newestWins, ruled, WITHOUT_RULE } from "./asking.js";
+import { asProblem, isAbort } from "../../api.js";
+import { fieldsOf, newestWins, WITHOUT_RULE } from "./asking.js";
 import { METHODS } from "./making.js";
 import { createStage, number, reading } from "./stage.js";
 import { noMap } from "./status.js";
@@ -19,8 +19,8 @@ const FEW = [plain("gradient"), plain("integrated_gradients"), plain("grad_cam")
 const MANY = [...FEW, plain("input_x_gradient"), plain("smoothgrad"), plain("guided_backprop")];
 const SLOW = ["integrated_gradients", "smoothgrad"]; // asked last: many passes
 
-// `seen()`: {image, bitmap, box} of the picture; `onMain(options)`: a method is chosen.
-export function createMethods(app, { asker, onPoint, onMain }) {
+// `onMain(options)`: a method is chosen.
+export function createMethods(app, { asker, pin, onPoint, onMain }) {
   const lane = newestWins();
   const list = h("div", { class: "tiles" });
   const more = h("button", { type: "button", class: "ghost", on: { click: () => build(MANY) } }, "All methods");
@@ -43,7 +43,7 @@ export function createMethods(app, { asker, onPoint, onMain }) {
   }
 
   function createTile(kind) {
-    const stage = createStage({ label: `Map by ${kind.title}`, least: 256, most: 420, small: true, onPoint, onOpen: () => open() });
+    const stage = createStage({ label: `Map by ${kind.title}`, least: 256, most: 420, small: true, pin, onPoint, onOpen: () => open() });
     const figures = h("p", { class: "figures muted" });
     const at = h("p", { class: "at muted" });
     const open = () => onMain(kind.options(app.store.get().options));
@@ -67,7 +67,7 @@ export function createMethods(app, { asker, onPoint, onMain }) {
           if (isAbort(error) || signal.aborted) return;
           tile.record = null;
           tile.stage.draw({ bitmap: backdrop.bitmap, box: backdrop.box });
-          tile.stage.notice(h("p", { class: "problem" }, error.message));
+          tile.stage.notice(h("p", { class: "problem" }, asProblem(error).message));
           replace(tile.figures, "no map");
           replace(tile.at);
         } finally {

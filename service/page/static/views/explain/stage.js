@@ -6,8 +6,9 @@ import { drawOverlay, drawPlain } from "../../map.js";
 const FAR = 10; // pixels of the map that an arrow key moves with Shift
 
 // `least`, `most`: pixels of the longer side of the canvas. `onPoint(point, how)`: {x, y} in shares of the picture, or
-// null; how is "over", "kept" or "key".
-export function createStage({ label, least = 512, most = 800, onPoint, onOpen, small = false }) {
+// null; how is "over", "kept" or "key". `pin`: {at}, the point that stays when the pointer leaves; one for all stages
+// that show the same point.
+export function createStage({ label, pin, least = 512, most = 800, onPoint, onOpen, small = false }) {
   const canvas = h("canvas", { width: 8, height: 8, role: "img", "aria-label": label });
   const across = h("div", { class: "cross across" });
   const down = h("div", { class: "cross down" });
@@ -20,7 +21,6 @@ export function createStage({ label, least = 512, most = 800, onPoint, onOpen, s
   );
   let shown = null; // {bitmap, map, box}
   let point = null;
-  let pinned = null;
 
   function place(next) {
     point = next;
@@ -37,15 +37,14 @@ export function createStage({ label, least = 512, most = 800, onPoint, onOpen, s
   };
   const over = oncePerFrame((next) => shown && onPoint?.(next, "over"));
   canvas.addEventListener("pointermove", (event) => over(at(event)));
-  canvas.addEventListener("pointerleave", () => over(pinned));
+  canvas.addEventListener("pointerleave", () => over(pin.at));
   canvas.addEventListener("click", (event) => {
     if (!shown) return;
-    pinned = at(event);
-    onPoint?.(pinned, "kept");
+    onPoint?.((pin.at = at(event)), "kept");
   });
   node.addEventListener("keydown", (event) => {
-    if (!shown) return;
-    if (event.key === "Escape" && point) onPoint?.((pinned = null), "key");
+    if (!shown || event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own
+    if (event.key === "Escape" && point) onPoint?.((pin.at = null), "key");
     else if (event.key === "Enter" && event.target === node) onOpen?.();
     const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (!move) return;
@@ -56,8 +55,8 @@ export function createStage({ label, least = 512, most = 800, onPoint, onOpen, s
     const steps = event.shiftKey ? FAR : 1;
     const from = point ?? middle(shown);
     const within = (value) => Math.min(1 - 1e-6, Math.max(0, value));
-    pinned = point ? { x: within(from.x + steps * wide * move[0]), y: within(from.y + steps * high * move[1]) } : from;
-    onPoint?.(pinned, "key");
+    pin.at = point ? { x: within(from.x + steps * wide * move[0]), y: within(from.y + steps * high * move[1]) } : from;
+    onPoint?.(pin.at, "key");
   });
 
   return {
@@ -88,7 +87,7 @@ export function createStage({ label, least = 512, most = 800, onPoint, onOpen, s
     point: place,
     forget() {
       shown = null;
-      pinned = null;
+      pin.at = null;
       place(null);
     },
     notice: (...children) => replace(notice, ...children),

@@ -16,6 +16,12 @@ const codeOf = (explanation) => explanation?.error?.code ?? explanation?.status 
 // The same in one line, where the ways on stand elsewhere.
 export const noMap = (explanation) => h("p", { class: "problem" }, `${WORDS[codeOf(explanation)] ?? "There is no map"}.`);
 
+// Where the table has no row for the class.
+export const withoutRow = ({ instance, plain }) => [
+  h("button", { type: "button", on: { click: instance } }, "Choose channels by this picture"),
+  h("button", { type: "button", on: { click: plain } }, "Plain method, no rule"),
+];
+
 // `explanation`: one whose status is not ok; `ways`: {again, plain, instance, defaults}, functions.
 export function withoutMap(explanation, ways) {
   const code = codeOf(explanation);
@@ -29,8 +35,7 @@ export function withoutMap(explanation, ways) {
     h(
       "div",
       { class: "row" },
-      noRow && h("button", { type: "button", on: { click: ways.instance } }, "Choose channels by this picture"),
-      noRow && h("button", { type: "button", on: { click: ways.plain } }, "Plain method, no rule"),
+      noRow && withoutRow(ways),
       code === "map_not_finite" && h("button", { type: "button", on: { click: ways.defaults } }, "Table's defaults"),
       !noRow && h("button", { type: "button", on: { click: ways.again } }, "Try again"),
     ),

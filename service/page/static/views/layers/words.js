@@ -1,13 +1,12 @@
 // What the numbers of the Layers view mean.
 
-import { define } from "../words.js";
+import { define } from "../../words.js";
 
 define({
   layers_activation: "What the convolution gives for this picture, negative values cut off: where this channel's pattern was found. All pictures of a layer share one scale, on which weak values are lifted.",
   layers_plain: "The gradient of the target's logit at this convolution, with the rule in no layer: what an ordinary gradient map is made of. Orange raises the logit, purple lowers it.",
   layers_before: "The gradient that arrives at this convolution on the way back. The rule in all later layers has already worked on it. Orange raises the logit, purple lowers it.",
   layers_after: "What this layer's rule lets on towards the picture: the arriving gradient times the channel's factor. A channel with factor 0 is dropped.",
-  layers_selected: "Selected channels are the target's own: those whose activity a test over many images ties most surely to the class, as many as the quantile says.",
   layers_share: "The part of this layer's gradient energy, the sum of all squared values, that lies in the selected channels. 100 % after the rule: everything else was dropped.",
   layers_feature: "The channel's GAP feature: the mean of its activation over the picture. The selection table is made of it.",
   layers_deviations: "How far the feature lies above its mean over the table's images, in standard deviations. Above 2 is unusual.",

@@ -1,10 +1,10 @@
 // One layer of the Layers view in full: a channel enlarged, the sums of both sides, and the rule with its numbers.
 
-import { explained } from "../components.js";
-import { h, percent, replace } from "../dom.js";
-import { draw, fullStrength, MODES, signColours, unstack } from "./layer_maps.js";
+import { explained } from "../../components.js";
+import { h, percent, replace } from "../../dom.js";
+import { draw, fullStrength, MODES, signColours, unstack } from "./maps.js";
 
-export const number = (value) => {
+const number = (value) => {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e-3 && size < 1e5) return String(Number(value.toPrecision(3)));

@@ -1,6 +1,6 @@
 // Maps of the Layers view: from the answer's bytes to numbers, and from numbers to small pictures.
 
-import { percentile } from "../map.js";
+import { percentile } from "../../map.js";
 
 // The answer's stack -> {width, height, maps: [Float32Array]}.
 export function unstack({ shape, dtype, scales, data }) {
@@ -36,7 +36,7 @@ export function signColours() {
   });
 }
 
-export function isDark() {
+function isDark() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
