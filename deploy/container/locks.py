@@ -16,7 +16,8 @@ from packaging.utils import NormalizedName, canonicalize_name
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 FOLDER = PROJECT_ROOT / "deploy" / "container"
 EXTRAS = ("service", "grpc", "tracing")
-NOT_SERVED = {"matplotlib"}  # the library's, for pages and figures; the service draws without it
+# The library's: matplotlib for figures, networkx for building class graphs; the service draws and reads without them.
+NOT_SERVED = {"matplotlib", "networkx"}
 RUNTIMES = {"cpu": {"onnx", "onnxruntime"}, "gpu": {"torch", "torchvision"}}  # of the extras `onnx` and `torch`
 
 Pinned = dict[NormalizedName, str]

@@ -17,7 +17,8 @@ from tests.service.serving import PROJECT_ROOT, serving
 WIDTHS = (390, 900, 1440)
 HEIGHT = 900
 DOCS = ("explain", "methods", "class", "layers", "attack", "traffic")
-DOCS_WIDTH = 1280
+DOCS_WIDTH = 1440
+IMAGES_SENT = 360  # for the Traffic view: the last third of them dark
 
 
 def shoot(browser: Browser, url: str, name: str, width: int, theme: str, file: Path) -> None:
@@ -44,7 +45,7 @@ def main(out: Path, only: tuple[str, ...], docs: bool) -> None:
     names = only or (DOCS if docs else tuple(STATES))
     with tempfile.TemporaryDirectory() as home, serving(Path(home), settings=settings) as server:
         if "traffic" in names:
-            send_traffic(server)
+            send_traffic(server, IMAGES_SENT)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
             for name in names:

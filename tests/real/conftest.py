@@ -1,10 +1,12 @@
 """Real weights and photographs, from the folder beside the project; the tests skip where it is absent."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 from parchgrad.cli import cli
 
@@ -47,8 +49,23 @@ def real_model(request):
 
 @pytest.fixture(scope="session")
 def repository(real_model, tmp_path_factory):
-    """`parchgrad model add` and `parchgrad table build` on the real weights and training photographs."""
-    root = tmp_path_factory.mktemp(real_model)
+    """`parchgrad model add` and `parchgrad table build` on the real weights and training photographs.
+
+    Once for all of pytest-xdist's workers: whoever comes first builds it, and the others wait.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER") is None:
+        return _built(tmp_path_factory.mktemp(real_model), real_model)
+    root = tmp_path_factory.getbasetemp().parent / real_model
+    said = root.with_suffix(".txt")
+    with FileLock(root.with_suffix(".lock")):
+        if said.exists():
+            return Repository(root, said.read_text(encoding="utf-8"))
+        built = _built(root, real_model)
+        said.write_text(built.output, encoding="utf-8")
+    return built
+
+
+def _built(root, real_model):
     made = Repository(root, "")
     weights, labels = DATA / "weights" / f"{real_model}.pth", DATA / "imagenet_classes.txt"
     add = ["model", "add", real_model, "--arch", real_model, "--weights", str(weights), "--labels", str(labels)]

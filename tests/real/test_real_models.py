@@ -37,6 +37,7 @@ def test_on_mosaics_parchgrad_finds_the_target_and_random_channels_do_not(reposi
     assert cells["ParchGrad"]["distinct"]
 
 
+@pytest.mark.parametrize("real_model", ["squeezenet1_1"], indirect=True)  # nothing here is of one model
 def test_on_boxes_of_photographs_in_one_folder(repository, real_model, tmp_path):
     """ILSVRC's validation photographs lie in no class folders; their boxes say the class, hardly one in the table."""
     data, page, written = DATA / "imagenet_val", tmp_path / "out.html", tmp_path / "out.json"

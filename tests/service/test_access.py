@@ -229,7 +229,15 @@ def test_descriptions_need_one_where_the_settings_say_so(path: str) -> None:
     assert through(keys(**KEYS, guard_metrics=True), path, X_API_Key=SHOP)[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/schema.json", "/livez/", "/readyz/x", "/metrics/", "//livez", "/v2"])
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/state.json"])
+def test_the_page_needs_no_key_as_it_says_nothing_of_models(path: str) -> None:
+    assert through(keys(**KEYS, guard_metrics=True), path, "10.0.0.1")[::2] == (200, "'unasked'")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/page", "/pages/", "//page/main.js", "/schema.json", "/livez/", "/readyz/x", "/metrics/", "//livez", "/v2"],
+)
 def test_everything_else_needs_one(path: str) -> None:
     assert through(keys(**KEYS), path)[0] == 401
 
