@@ -162,6 +162,15 @@ def test_what_is_in_flight_is_answered_after_sigterm(podman: Podman) -> None:
     assert maps == ["ok"] * 32
 
 
+def test_the_page_and_what_it_shows_without_torch_are_there(running: Container) -> None:
+    assert "<title>ParchGrad</title>" in running.client.get("/").text
+    assert running.client.get("/page/main.js").status_code == 200
+    assert running.client.get("/models/scenes/samples", headers=KEY).json()["samples"]
+    graph = running.client.get("/models/scenes/class-graph", headers=KEY).json()
+    assert len(graph["classes"]) == 10
+    assert graph["exemplars"]["channels"] > 0
+
+
 def test_its_metrics_are_there(running: Container) -> None:
     text = running.client.get("/metrics", headers=KEY).text
     assert re.search(r"^parchgrad_workers(\{.*\})? 1\.0$", text, re.MULTILINE)

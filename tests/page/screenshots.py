@@ -17,16 +17,21 @@ from tests.service.serving import PROJECT_ROOT, serving
 WIDTHS = (390, 900, 1440)
 HEIGHT = 900
 DOCS = ("explain", "methods", "class", "layers", "attack", "traffic")
-DOCS_WIDTH = 1440
+DOCS_WIDTH, DOCS_HEIGHT = 1440, 1850
+MOST_HEIGHT = 8000  # what is lower is cut off
 IMAGES_SENT = 360  # for the Traffic view: the last third of them dark
 
 
-def shoot(browser: Browser, url: str, name: str, width: int, theme: str, file: Path) -> None:
+def shoot(browser: Browser, url: str, name: str, width: int, theme: str, most: int, file: Path) -> None:
     context = browser.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=theme)  # type: ignore[arg-type]
     page = context.new_page()
     STATES[name](page, url)
-    page.wait_for_timeout(400)  # pictures that are drawn when they come into view
-    page.screenshot(path=file, full_page=True)
+    page.evaluate("scrollTo(0, 0)")
+    # In a window as high as the page: pictures are drawn when they come into view.
+    height = min(page.evaluate("document.documentElement.scrollHeight"), most)
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(500)
+    page.screenshot(path=file)
     context.close()
 
 
@@ -52,7 +57,7 @@ def main(out: Path, only: tuple[str, ...], docs: bool) -> None:
                 views = [(width, "light") for width in WIDTHS] + [(WIDTHS[-1], "dark")]
                 for width, theme in [(DOCS_WIDTH, "light")] if docs else views:
                     file = out / (f"page_{name}.png" if docs else f"{name}-{width}-{theme}.png")
-                    shoot(browser, server.url, name, width, theme, file)
+                    shoot(browser, server.url, name, width, theme, DOCS_HEIGHT if docs else MOST_HEIGHT, file)
                     click.echo(file)
             browser.close()
 
