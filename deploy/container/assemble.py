@@ -34,6 +34,8 @@ UNUSED_LIBRARY = (
     "sitecustomize.py", "test", "tkinter", "turtledemo", "_curses*.so", "_dbm.*.so", "_gdbm.*.so", "_tkinter.*.so",
     "nis.*.so", "readline.*.so",
 )  # fmt: skip
+SHOWN_FOLDERS = ("samples", "exemplars")
+
 # What starts the service, and what its worker imports later, when it loads a model, answers or draws.
 LOADED = [
     "_bentoml_impl.server.serving",
@@ -101,12 +103,15 @@ def system() -> None:
 
 
 def bento() -> None:
-    """Without torch a model package and its table run nowhere: only exported graphs are served."""
+    """Without torch a model package and its table run nowhere, only exported graphs do; what the page shows beside
+    them, sample pictures and class graphs, stays."""
     source = BENTO / "src"
     has_torch = (site_packages() / "torch").is_dir()
     if not has_torch:
-        for name in ("models", "scenes", "selection_tables"):
-            shutil.rmtree(source / name, ignore_errors=True)
+        shutil.rmtree(source / "scenes", ignore_errors=True)
+        for path in (*source.glob("models/**/*"), *source.glob("selection_tables/**/*")):
+            if path.is_file() and not (path.parent.name in SHOWN_FOLDERS or path.name.startswith("class_graph.")):
+                path.unlink()
     for path in (BENTO, *BENTO.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     byte_code([*loaded(source, [*LOADED, "service.torch_engine" if has_torch else "service.onnx_engine"]),

@@ -70,6 +70,9 @@ def test_there_is_python_and_no_other_program(podman: Podman) -> None:
         ]
         packages = {path.name.lower().split("-")[0] for path in root.glob("app/venv/lib/python3.*/site-packages/*")}
         sources = {path.name for path in (root / "app/bento/src").iterdir()}
+        data = {
+            path.name for name in ("models", "selection_tables") for path in root.glob(f"app/bento/src/{name}/*/*/*")
+        }
         listed = {path.name for path in (root / "var/lib/dpkg/status.d").iterdir()}
         compiled = [*root.glob("app/bento/src/service/__pycache__/pipeline.*.pyc")]
     finally:
@@ -87,7 +90,9 @@ def test_there_is_python_and_no_other_program(podman: Podman) -> None:
         "matplotlib",
         "pytest",
     }
-    assert sources == {"parchgrad", "service", "onnx_graphs", "bentofile.yaml"}
+    assert sources == {"parchgrad", "service", "models", "selection_tables", "onnx_graphs", "bentofile.yaml"}
+    # Of package and table only what the page shows beside the graph.
+    assert data == {"samples", "exemplars", "class_graph.json", "class_graph.safetensors"}
     assert {"libc6", "libssl3"} <= listed  # what a scanner looks for
     assert compiled
     size = int(podman.run("image", "inspect", "--format", "{{.Size}}", IMAGE)) / 1e6
