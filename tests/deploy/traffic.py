@@ -79,6 +79,7 @@ class Traffic:
     """Counts what was answered otherwise than expected, (expected, found)."""
 
     def __init__(self, url: str) -> None:
+        self._url = url
         self._client = httpx.Client(base_url=url, timeout=120)
         self._scenes = scenes()
         self.wrong: Counter[tuple[int, int]] = Counter()
@@ -110,16 +111,21 @@ class Traffic:
 
     @contextmanager
     def flood(self, callers: int) -> Iterator[None]:
-        """So many callers, each asking for four maps again and again."""
+        """So many callers, each asking for four maps again and again.
+
+        Each time by a connection of its own: one that is kept stays with its worker, and where most of them happen to
+        be one worker's the other has nothing to do.
+        """
         over = threading.Event()
+        fresh = httpx.Client(base_url=self._url, timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
 
         def send() -> None:
             for scene in itertools.cycle(self._scenes):
                 if over.is_set():
                     return
-                self.flooded[MANY(self._client, scene).status_code] += 1
+                self.flooded[MANY(fresh, scene).status_code] += 1
 
-        with ThreadPoolExecutor(callers) as pool:
+        with fresh, ThreadPoolExecutor(callers) as pool:
             jobs = [pool.submit(send) for _ in range(callers)]
             try:
                 yield
