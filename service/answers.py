@@ -271,12 +271,22 @@ def _saliency(outcome: Outcome, values: Array) -> SaliencyMap | None:
         picture = _picture(outcome, values)
         data = base64.b64encode(render.png(picture)).decode()
         return SaliencyMap(shape=picture.shape[:2], dtype="png", scale=1.0, encoding="base64", data=data)
-    shape = (values.shape[0], values.shape[1])
     if encoding == "list":
+        shape = (values.shape[0], values.shape[1])
         return SaliencyMap(shape=shape, dtype="float32", scale=1.0, encoding="list", data=values.tolist())
-    array, scale = quantised(values, encoding)
+    return binary_map(values, cast(Dtype, encoding))
+
+
+def binary_map(values: Array, dtype: Dtype) -> SaliencyMap:
+    """A map `(h, w)` as uint8, float16 or float32, in base64."""
+    array, scale = quantised(values, dtype)
     data = base64.b64encode(array.tobytes()).decode()
-    return SaliencyMap(shape=shape, dtype=cast(Dtype, encoding), scale=scale, encoding="base64", data=data)
+    return SaliencyMap(shape=(values.shape[0], values.shape[1]), dtype=dtype, scale=scale, encoding="base64", data=data)
+
+
+def short(value: float) -> float:
+    """Six digits: where there are thousands of numbers to be read, and a float32 has no more than seven."""
+    return float(f"{value:.6g}")
 
 
 def _png(engine: Engine, outcome: Outcome | ServiceError, now: Clock) -> bytes:

@@ -19,12 +19,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from parchgrad import render
-from parchgrad.answers import quantised
 from parchgrad.attacks.attack import Attack
 from parchgrad.errors import AbandonedError, MissingPackageError, UnsupportedModelError
 from parchgrad.render import REDUCTION_OF_POLARITY
 from service import metrics, tracing
-from service.answers import JSON, accepted, effective_options, identity, software, transform_of
+from service.answers import JSON, accepted, binary_map, effective_options, identity, short, software, transform_of
 from service.batching import DeadlineError
 from service.body import Upload
 from service.engine import Array, Engine, Result
@@ -42,7 +41,6 @@ from service.schemas import (
     MapMovement,
     Perturbation,
     Prediction,
-    SaliencyMap,
     parse_options,
     take_attack,
 )
@@ -131,7 +129,8 @@ def _answer(engine: Engine, outcome: Outcome, found: "Attacked", request_id: str
         attacked=_base64_png(found.after),
         perturbation=_perturbation(found.before, found.after),
         options=effective_options(outcome.request.options),
-        **{name: _map(values) for name, values in maps.items()},
+        # Of uint8 most values of a map would read 0.
+        **{name: binary_map(values, "float16") for name, values in maps.items()},
         movement=_movement(compared.movement),
         movement_to_new=movement_to_new,
         layers=[_layer(layer) for layer in compared.layers],
@@ -163,7 +162,7 @@ def _shown(compared: "Comparison", outcome: Outcome) -> list[int]:
 
 def _class(engine: Engine, compared: "Comparison", index: int) -> AttackedClass:
     before, after = (float(view.probabilities[index]) for view in (compared.before, compared.after))
-    return AttackedClass(index=index, label=engine.model.labels[index], before=_round(before), after=_round(after))
+    return AttackedClass(index=index, label=engine.model.labels[index], before=short(before), after=short(after))
 
 
 def _said(engine: Engine, found: "Attacked") -> AttackSaid:
@@ -188,18 +187,11 @@ def _perturbation(before: Array, after: Array) -> Perturbation:
     factor = max(1, min(MOST_FACTOR, MOST_FACTOR // largest)) if largest else 1
     shown = np.clip(128 + factor * change, 0, 255).astype(np.uint8)
     mean = float(np.abs(change).mean())
-    return Perturbation(png=_base64_png(shown), factor=factor, largest=largest, mean=_round(mean))
+    return Perturbation(png=_base64_png(shown), factor=factor, largest=largest, mean=short(mean))
 
 
 def _base64_png(picture: Array) -> str:
     return base64.b64encode(render.png(picture)).decode()
-
-
-def _map(values: Array) -> SaliencyMap:
-    array, scale = quantised(values, "float16")  # of uint8 most values of a map would read 0
-    shape = (values.shape[0], values.shape[1])
-    data = base64.b64encode(array.tobytes()).decode()
-    return SaliencyMap(shape=shape, dtype="float16", scale=scale, encoding="base64", data=data)
 
 
 def _movement(movement: "Movement | None") -> MapMovement | None:
@@ -210,7 +202,7 @@ def _layer(layer: "LayerChange") -> AttackLayer:
     return AttackLayer(
         name=layer.layer,
         channels=layer.channels,
-        size=_round(layer.size),
+        size=short(layer.size),
         of_old=_figure(layer.of_old),
         of_new=_figure(layer.of_new),
         of_both=_figure(layer.of_both),
@@ -221,17 +213,12 @@ def _layer(layer: "LayerChange") -> AttackLayer:
 
 def _channel(one: "ChannelChange") -> AttackChannel:
     return AttackChannel(
-        index=one.channel, before=_round(one.before), after=_round(one.after), of_old=one.of_old, of_new=one.of_new
+        index=one.channel, before=short(one.before), after=short(one.after), of_old=one.of_old, of_new=one.of_new
     )
 
 
 def _figure(value: float) -> float | None:
-    return None if math.isnan(value) else _round(value)  # JSON has no NaN
-
-
-def _round(value: float) -> Any:
-    """Six digits: they are to be read."""
-    return float(f"{value:.6g}")
+    return None if math.isnan(value) else short(value)  # JSON has no NaN
 
 
 ROUTES = [Route("/attack", attack, methods=["POST"])]

@@ -23,7 +23,7 @@ from parchgrad import class_graph
 from parchgrad.class_graph import ClassGraph
 from parchgrad.class_graph.graph import MANIFEST_FILE
 from parchgrad.errors import ClassGraphError, NoClassGraphError
-from service.answers import JSON, identity
+from service.answers import JSON, identity, short
 from service.errors import ServiceError
 from service.pipeline import Pipeline, class_index
 from service.repository import Served, without_folders
@@ -131,14 +131,14 @@ async def one_class(request: Request) -> Response:
                 ClassGraphNode(
                     layer=node.layer,
                     channel=node.channel,
-                    strength=_short(node.strength),
-                    log_p=_short(node.log_p),
-                    pagerank=_short(node.pagerank),
+                    strength=short(node.strength),
+                    log_p=short(node.log_p),
+                    pagerank=short(node.pagerank),
                 )
                 for node in found.nodes
             ],
             edges=[
-                ClassGraphEdge(source=place[edge.source], target=place[edge.target], weight=_short(edge.weight))
+                ClassGraphEdge(source=place[edge.source], target=place[edge.target], weight=short(edge.weight))
                 for edge in found.edges[: given["edges"]]
             ],
             edges_in_all=len(found.edges),
@@ -168,7 +168,7 @@ async def channel(request: Request) -> Response:
     def work(served: Served, graph: ClassGraph, given: Mapping[str, int]) -> Answer:
         found = graph.channel_view(request.path_params["layer"], _number(request))
         classes = [
-            ServedClass(index=one.index, label=one.label, strength=_short(one.strength), log_p=_short(one.log_p))
+            ServedClass(index=one.index, label=one.label, strength=short(one.strength), log_p=short(one.log_p))
             for one in found.classes[:MAX_SERVED]
         ]
         return ClassGraphChannelAnswer(
@@ -246,11 +246,6 @@ def _number(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise ServiceError("option_invalid", f"Channel is {text[:64]!r}; allowed: a channel's number in its layer.")
     return int(text)
-
-
-def _short(value: float) -> float:
-    """As many digits as anybody reads; a float32 has no more than seven."""
-    return float(f"{value:.6g}")
 
 
 _GZIP = [Middleware(GZipMiddleware, minimum_size=1024)]

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from parchgrad.errors import UnsupportedModelError
 from service import metrics, tracing
-from service.answers import JSON, accepted, effective_options, identity, predictions_of, software, transform_of
+from service.answers import JSON, accepted, effective_options, identity, predictions_of, short, software, transform_of
 from service.body import Upload
 from service.engine import Array, Engine, Result
 from service.errors import ServiceError
@@ -148,8 +148,7 @@ def _shares(plain: float, before: float, after: float) -> GradientShares:
 
 
 def _shown(value: Any) -> Any:
-    """Six digits: there are thousands of numbers, and they are to be read."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return short(value) if isinstance(value, float) else value
 
 
 def stack(maps: Sequence[Array], *, signed: bool = False) -> MapStack:

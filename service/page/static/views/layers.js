@@ -5,6 +5,7 @@ import { bars, busy, choice, emptyState, explained, fold, problemBox, slider, ta
 import { announce, h, oncePerFrame, percent, replace, still } from "../dom.js";
 import { thumbnail } from "../image.js";
 import { picker } from "../picker.js";
+import { OF_RULE } from "./explain/asking.js";
 import { withoutRow } from "./explain/status.js";
 import { energyChart } from "./layers/chart.js";
 import { described, inspect, shapeOf } from "./layers/inspector.js";
@@ -13,7 +14,6 @@ import "./layers/words.js";
 
 // What /layers takes of the page's options; methods of many passes have no one way back.
 const METHODS = ["gradient", "input_x_gradient", "guided_backprop"];
-const OF_RULE = ["quantile", "alpha", "gamma", "selection", "conserve", "layers", "normality_filter"];
 
 const FRAME = 12; // milliseconds of drawing in one frame
 
