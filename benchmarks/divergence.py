@@ -5,16 +5,14 @@ The counts of the clean first half are the reference. Of each condition 20 image
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 import parchgrad
-from benchmarks.watch import BATCH, ROOT, Picture, conditions, normalised, photographs, scenes
+from benchmarks.watch import BATCH, Picture, conditions, normalised, parser_of, subject
 from parchgrad.activation_histograms import chance, counts, divergence
 
 SIZES = (20, 60)
@@ -43,20 +41,8 @@ def beside(seen: NDArray[np.int64], reference: NDArray[np.int64]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
-    parser.add_argument("--tables-dir", type=Path, default=ROOT / "selection_tables")
-    parser.add_argument("--model", default="scenes")
-    parser.add_argument("--pictures", type=Path, help="photographs in folders by class; default: generated scenes")
-    parser.add_argument("--images", type=int, default=300, help="in both halves together")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    model = parchgrad.load_model(given.models_dir / given.model)
-    explainer = parchgrad.Explainer(model, parchgrad.load_table(given.tables_dir / given.model, model), device="cpu")
-    if given.pictures is None:
-        samples = scenes(model.preprocessing, given.images)
-    else:
-        samples = photographs(given.pictures, model.preprocessing, given.images)
+    given = parser_of(__doc__).parse_args(arguments)
+    explainer, _, samples = subject(given)
     first, others = conditions(samples)
     reference = histograms(explainer, first).sum(0)
     print(f"{given.model}: {len(reference)} layers, {len(first)} images in the clean half")

@@ -215,24 +215,33 @@ def cost(explainer: parchgrad.Explainer, images: torch.Tensor, runs: int) -> dic
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With the options that say which model and which images."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
     parser.add_argument("--tables-dir", type=Path, default=ROOT / "selection_tables")
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--pictures", type=Path, help="photographs in folders by class; default: generated scenes")
     parser.add_argument("--images", type=int, default=300, help="in both halves together")
-    parser.add_argument("--runs", type=int, default=15, help="rounds of the cost")
-    parser.add_argument("--out", type=Path, help="JSON of all that is printed")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def subject(given: argparse.Namespace) -> tuple[parchgrad.Explainer, Any, list[Sample]]:
+    """What those options name, on one thread of the processor."""
     torch.set_num_threads(1)
     model = parchgrad.load_model(given.models_dir / given.model)
     explainer = parchgrad.Explainer(model, parchgrad.load_table(given.tables_dir / given.model, model), device="cpu")
-    preprocessing = model.preprocessing
     if given.pictures is None:
-        samples = scenes(preprocessing, given.images)
-    else:
-        samples = photographs(given.pictures, preprocessing, given.images)
+        return explainer, model.preprocessing, scenes(model.preprocessing, given.images)
+    return explainer, model.preprocessing, photographs(given.pictures, model.preprocessing, given.images)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--runs", type=int, default=15, help="rounds of the cost")
+    parser.add_argument("--out", type=Path, help="JSON of all that is printed")
+    given = parser.parse_args(arguments)
+    explainer, preprocessing, samples = subject(given)
     first, others = conditions(samples)
 
     def rows(pictures: Sequence[Picture]) -> list[dict[str, float]]:
